@@ -1,7 +1,8 @@
 """What a sample is conditioned on: typed streams, each with its values and its presence.
 
-A stream that is *absent* for a sample says "no condition here". What a network makes of that (a null row of a table,
-a zero vector, an empty mask) and how often training drops it belong to the network's embedding of the stream.
+A stream that is *absent* for a sample says "no condition here". What a network makes of that (a null row of a
+table, a zero vector, an empty mask) and how often training drops it belong to the network's embedding of the
+stream.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Condition:
         tokens: embedded words and their mask, shapes (B, L, D) and (B, L).
         vector: a pooled embedding or any numbers, shape (B, D).
         spatial: a map aligned with the data (mask, low-resolution image), shape (B, C, H, W).
-        present: stream name -> bool, shape (B,); a given stream that is not named here is present for every sample.
+        present: stream name -> bool, shape (B,); a given stream that is not named here is present for every
+            sample.
 
     Raises:
         ValueError: streams of different batch sizes, or ``present`` naming a stream that is not given.
@@ -55,7 +57,9 @@ class Condition:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the streams of a condition must have one batch size, got {sizes}")
         if unknown := set(self.present) - set(self.streams):
-            raise ValueError(f"present names {sorted(unknown)}, but the condition has only {list(self.streams)}")
+            raise ValueError(
+                f"present names {sorted(unknown)}, but the condition has only {list(self.streams)}"
+            )
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -87,7 +91,7 @@ class Condition:
         return mask if device is None else mask.to(device)
 
     def absent(self, *streams: str, where: Tensor | None = None) -> Condition:
-        """The same condition with ``streams`` (all, when none is named) absent where ``where`` (B,) is True."""
+        """The same condition with ``streams`` (default: all) absent where ``where`` (B,) is True."""
         present = dict(self.present)
         for name in streams or self.streams:
             if getattr(self, name, None) is None:
@@ -121,7 +125,9 @@ class Condition:
         (streams,) = names
         values = {name: _join([getattr(c, name) for c in conditions]) for name in streams}
         marked = {name for c in conditions for name in c.present}
-        return Condition(**values, present={name: torch.cat([c.presence(name) for c in conditions]) for name in marked})
+        return Condition(
+            **values, present={name: torch.cat([c.presence(name) for c in conditions]) for name in marked}
+        )
 
 
 def _values(condition: Condition, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """From a network to the vector field that a solver integrates.
 
-`Velocity` is a network seen as a velocity, whatever it predicts; `Field` is a velocity with its condition and its
-guidance bound, a function of the point and the time only.
+`Velocity` is a network seen as a velocity, whatever it predicts; `Field` is a velocity with its condition and
+its guidance bound, a function of the point and the time only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_flows.flow.paths import Linear, Path, Quantity
 
 
 class Network(Protocol):
-    """What the mathematics asks of a network: a prediction of the shape of ``x``, and the meaning of "no condition".
+    """What the mathematics asks of a network: a prediction shaped like ``x``, and what "no condition" means.
 
     Attributes:
         streams: names of the condition streams that it knows; empty for an unconditional network.
@@ -41,12 +41,16 @@ class Velocity:
         network: see `Network`.
         path: the path that it was trained on.
         prediction: what it predicts.
-        floor: smallest magnitude of the coefficient by which a conversion divides (see `Path.convert`): without it
-            noise and score prediction are singular at t = 0, data prediction at t = 1.
+        floor: smallest magnitude of the coefficient by which a conversion divides (see `Path.convert`):
+            without it noise and score prediction are singular at t = 0, data prediction at t = 1.
     """
 
     def __init__(
-        self, network: Network, path: Path | None = None, prediction: Quantity = "velocity", floor: float = 0.02
+        self,
+        network: Network,
+        path: Path | None = None,
+        prediction: Quantity = "velocity",
+        floor: float = 0.02,
     ) -> None:
         self.network, self.path, self.prediction, self.floor = network, path or Linear(), prediction, floor
 
@@ -73,7 +77,8 @@ class Field:
     Args:
         velocity: network as a velocity.
         condition: of the whole batch, or None.
-        guidance: how conditional and unconditional velocities are mixed; None is the conditional velocity alone.
+        guidance: how conditional and unconditional velocities are mixed; None is the conditional velocity
+            alone.
 
     Attributes:
         path: path of the velocity, for solvers that need the score.

@@ -4,8 +4,8 @@ Along the flow the log-density changes by the divergence of the field,
 
 .. math:: \log p_1(x_1) = \log p_0(x_0) - \int_0^1 \nabla\cdot v(x_t, t)\,dt,
 
-so one integration from data to noise of the pair (x, integral of the divergence) gives both x_0 and the density. The
-pair is solved as one flat state, by the same solvers that sample.
+so one integration from data to noise of the pair (x, integral of the divergence) gives both x_0 and the
+density. The pair is solved as one flat state, by the same solvers that sample.
 
 References:
     Neural Ordinary Differential Equations (Chen et al., 2018).
@@ -52,7 +52,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def __call__(self, v: Tensor, x: Tensor, prepared: Any) -> Tensor:
-        """Divergence of ``v`` (B, ...) in ``x`` (B, ...), from which it was computed with gradient, shape (B,)."""
+        """Divergence of ``v`` (B, ...) in ``x`` (B, ...), from which it was computed, shape (B,)."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,11 @@ class Exact(Divergence):
 
     def __call__(self, v: Tensor, x: Tensor, prepared: None) -> Tensor:
         """See `Divergence.__call__`."""
-        outputs = v.flatten(1)
-        total = torch.zeros_like(outputs[:, 0])
-        for i in range(outputs.shape[1]):
-            (row,) = torch.autograd.grad(outputs[:, i].sum(), x, create_graph=True, allow_unused=True)
-            if row is not None:
-                total = total + row.flatten(1)[:, i]
+        total = x.new_zeros(len(x))
+        for i in range(v[0].numel()):
+            unit = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
+            unit.view(len(v), -1)[:, i] = 1
+            total = total + _pulled_back(v, x, unit).flatten(1)[:, i]
         return total
 
 
@@ -106,16 +105,27 @@ class Hutchinson(Divergence):
         if noise is None:
             raise ValueError("noise is needed: the Hutchinson divergence draws probes")
         draws = [noise.normal(f"probe/{k}", x) for k in range(self.probes)]
-        return draws if self.law == "gaussian" else [torch.where(draw < 0, -1.0, 1.0).to(x.dtype) for draw in draws]
+        return (
+            draws
+            if self.law == "gaussian"
+            else [torch.where(draw < 0, -1.0, 1.0).to(x.dtype) for draw in draws]
+        )
 
     def __call__(self, v: Tensor, x: Tensor, prepared: list[Tensor]) -> Tensor:
         """See `Divergence.__call__`."""
-        total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        total = x.new_zeros(len(x))
         for probe in prepared:
-            (product,) = torch.autograd.grad((v * probe).sum(), x, create_graph=True, allow_unused=True)
-            if product is not None:
-                total = total + (product * probe).flatten(1).sum(1)
+            total = total + (_pulled_back(v, x, probe) * probe).flatten(1).sum(1)
         return total / len(prepared)
+
+
+def _pulled_back(v: Tensor, x: Tensor, direction: Tensor) -> Tensor:
+    """``direction . dv/dx``, shape (B, ...); with a graph of its own only where gradients are enabled."""
+    keep = torch.is_grad_enabled()
+    (product,) = torch.autograd.grad(
+        v, x, direction.to(v.dtype), retain_graph=True, create_graph=keep, allow_unused=True
+    )
+    return torch.zeros_like(x) if product is None else product
 
 
 def log_prob(
@@ -130,11 +140,12 @@ def log_prob(
 ) -> Density:
     """Log-density of data under the flow of a field.
 
-    Differentiable in ``x1`` and in the parameters of the field where gradients are enabled; otherwise every step is
-    detached, so that memory does not grow with the steps.
+    Differentiable in ``x1`` and in the parameters of the field where gradients are enabled; otherwise every
+    step is detached, so that memory does not grow with the steps.
 
     Args:
-        field: ``(x, t) -> velocity`` without state; guided fields are not normalised densities and are refused.
+        field: ``(x, t) -> velocity`` without state; guided fields are not normalised densities and are
+            refused.
         x1: data, shape (B, ...), any number of dimensions.
         solver: a deterministic solver.
         grid: times from 0 to 1, shape (N + 1,); they are run backwards.
@@ -147,7 +158,8 @@ def log_prob(
 
     Raises:
         ValueError: a stochastic solver or a guided field.
-        RuntimeError: called inside ``torch.inference_mode``, which forbids the gradients that a divergence is made of.
+        RuntimeError: called inside ``torch.inference_mode``, which forbids the gradients that a divergence is
+            made of.
     """
     divergence = divergence or Exact()
     if solver.stochastic:
@@ -155,7 +167,9 @@ def log_prob(
     if getattr(field, "guidance", None) is not None:
         raise ValueError("guidance must be off for a likelihood: a guided field has no normalised density")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("a likelihood needs gradients: use torch.no_grad, or Trainer(inference_mode=False)")
+        raise RuntimeError(
+            "a likelihood needs gradients: use torch.no_grad, or Trainer(inference_mode=False)"
+        )
     x1 = x1.to(torch.promote_types(x1.dtype, torch.float32))
     augmented = _augment(field, x1, divergence, divergence.prepare(x1, noise))
     start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1)], dim=1)  # (B, D + 1)
@@ -165,7 +179,9 @@ def log_prob(
     return Density((source or Gaussian()).log_prob(x0) + end[:, -1], x0, nfe)
 
 
-def _augment(field: FieldLike, like: Tensor, divergence: Divergence, prepared: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _augment(
+    field: FieldLike, like: Tensor, divergence: Divergence, prepared: Any
+) -> Callable[[Tensor, Tensor], Tensor]:
     keep = torch.is_grad_enabled()
 
     def slope(state: Tensor, t: Tensor) -> Tensor:
@@ -173,6 +189,7 @@ def _augment(field: FieldLike, like: Tensor, divergence: Divergence, prepared: A
             x = state[:, :-1].reshape(like.shape)
             x = x if keep and x.requires_grad else x.detach().requires_grad_()
             v = field(x, t)
+        with torch.set_grad_enabled(keep):  # a graph of the divergence would be half of its cost
             trace = divergence(v, x, prepared) if v.requires_grad else v.new_zeros(len(v))
             change = torch.cat([v.flatten(1), trace[:, None]], dim=1)  # (B, D + 1)
         return change if keep else change.detach()
@@ -202,7 +219,9 @@ def dequantize(x: Tensor, levels: int, noise: Noise) -> Tensor:
     if x.numel() and (x.min() < -1 or x.max() > 1):
         raise ValueError(f"x must lie in [-1, 1], got [{float(x.min()):.3g}, {float(x.max()):.3g}]")
     level = ((x + 1) * ((levels - 1) / 2)).round()
-    spread = noise.draw("dequantize", x.shape, lambda shape, generator: torch.rand(shape, generator=generator))
+    spread = noise.draw(
+        "dequantize", x.shape, lambda shape, generator: torch.rand(shape, generator=generator)
+    )
     return (level + spread.to(x)) * (2 / levels) - 1
 
 

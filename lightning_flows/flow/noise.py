@@ -1,8 +1,9 @@
 """Keyed randomness: a draw is named by what it is for, not by how many came before it.
 
-At sampling, draw j of sample i comes from the key (seed_i, j), made on the CPU in float32 and then moved, so that a
-sample depends on its own seed alone and not on the batch, the order or the number of devices around it. In training a
-draw comes from the key (run seed, step, rank, purpose), so that a resumed run repeats it without any saved stream.
+At sampling, draw j of sample i comes from the key (seed_i, j), made on the CPU in float32 and then moved, so
+that a sample depends on its own seed alone and not on the batch, the order or the number of devices around
+it. In training a draw comes from the key (run seed, step, rank, purpose), so that a resumed run repeats it
+without any saved stream.
 """
 
 from __future__ import annotations
@@ -120,4 +121,6 @@ class StepNoise(Noise):
         if like.device.type not in ("cuda", "xpu"):
             return super().normal(purpose, like)
         stream = torch.Generator(like.device).manual_seed(key(self.seed, self.step, self.rank, purpose))
-        return torch.randn(like.shape, generator=stream, device=like.device, dtype=torch.float32).to(like.dtype)
+        return torch.randn(like.shape, generator=stream, device=like.device, dtype=torch.float32).to(
+            like.dtype
+        )

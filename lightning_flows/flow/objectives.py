@@ -75,14 +75,15 @@ class FlowMatching(Objective):
         times: law of the training times.
         coupling: which x0 goes with which x1.
         prediction: what the network predicts.
-        weighting: factor on the loss of noise and score prediction: ``velocity`` (w / sigma)^2 makes it the loss of the
-            velocity, ``likelihood`` w / sigma^2 that of the likelihood bound, with w of `Path.drift`.
+        weighting: factor on the loss of noise and score prediction: ``velocity`` (w / sigma)^2 makes it the
+            loss of the velocity, ``likelihood`` w / sigma^2 that of the likelihood bound, with w of
+            `Path.drift`.
         premetric: the distance; the squared error by default.
         floor: smallest divisor in conversions at sampling (see `flow.fields.Velocity`).
 
     Raises:
-        ValueError: an unknown prediction or weighting, a weighting without meaning, score prediction from a source
-            that is not Gaussian.
+        ValueError: an unknown prediction or weighting, a weighting without meaning, score prediction from a
+            source that is not Gaussian.
     """
 
     path: Path = field(default_factory=Linear)
@@ -100,7 +101,9 @@ class FlowMatching(Objective):
         if self.weighting not in ("uniform", "velocity", "likelihood"):
             raise ValueError(f"weighting must be uniform, velocity or likelihood, got {self.weighting!r}")
         if self.weighting != "uniform" and self.prediction not in ("noise", "score"):
-            raise ValueError(f"weighting {self.weighting!r} is for noise and score prediction, not {self.prediction!r}")
+            raise ValueError(
+                f"weighting {self.weighting!r} is for noise and score prediction, not {self.prediction!r}"
+            )
         if self.prediction == "score" and not self.source.gaussian:
             raise ValueError("prediction 'score' needs a Gaussian source")
 

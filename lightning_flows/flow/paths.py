@@ -4,8 +4,8 @@ A path is a pair of coefficients; a point on it and its velocity are
 
 .. math:: x_t = \alpha(t)\,x_1 + \sigma(t)\,x_0, \qquad v = \dot\alpha(t)\,x_1 + \dot\sigma(t)\,x_0,
 
-with noise at t = 0 and data at t = 1. At a point ``x_t`` the four quantities that a network may predict carry the
-same information (Gaussian source for the score), so that any one gives the others:
+with noise at t = 0 and data at t = 1. At a point ``x_t`` the four quantities that a network may predict
+carry the same information (Gaussian source for the score), so that any one gives the others:
 
 ====================  ==========================================================
 data D = E[x1|x_t]    ``x_t = alpha D + sigma E``
@@ -77,7 +77,7 @@ class Path(ABC):
         """Time derivative of `sigma`."""
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor) -> PathSample:
-        """The point and the velocity at time ``t`` (B,) between ``x0`` and ``x1`` (B, ...), in their dtype."""
+        """Point and velocity at time ``t`` (B,) between ``x0`` and ``x1`` (B, ...), in their dtype."""
         s = expand(t, x1)
         x_t = self.alpha(s) * x1 + self.sigma(s) * x0
         velocity = self.d_alpha(s) * x1 + self.d_sigma(s) * x0
@@ -88,8 +88,8 @@ class Path(ABC):
     ) -> Tensor:
         """One predicted quantity turned into another at the point ``x_t``.
 
-        Exact for ``floor = 0``. Some conversions divide by a coefficient that vanishes at an end (sigma at t = 1,
-        alpha at t = 0): ``floor`` is the smallest magnitude that such a divisor may have.
+        Exact for ``floor = 0``. Some conversions divide by a coefficient that vanishes at an end (sigma at
+        t = 1, alpha at t = 0): ``floor`` is the smallest magnitude that such a divisor may have.
 
         Args:
             value: the given quantity, shape (B, ...).
@@ -125,17 +125,19 @@ class Path(ABC):
             return (x_t - self.alpha(s) * value) / _away_from_zero(self.sigma(s), floor)
         return (self.alpha(s) * value - self.d_alpha(s) * x_t) / self.determinant(s)
 
-    def _data(self, value: Tensor, noise: Tensor, x_t: Tensor, s: Tensor, given: Quantity, floor: float) -> Tensor:
+    def _data(
+        self, value: Tensor, noise: Tensor, x_t: Tensor, s: Tensor, given: Quantity, floor: float
+    ) -> Tensor:
         if given == "velocity":
             return (self.d_sigma(s) * x_t - self.sigma(s) * value) / self.determinant(s)
         return (x_t - self.sigma(s) * noise) / _away_from_zero(self.alpha(s), floor)
 
     def determinant(self, t: Tensor) -> Tensor:
-        """``alpha d_sigma - sigma d_alpha``: negative everywhere on a path from noise to data, shape of ``t``."""
+        """``alpha d_sigma - sigma d_alpha``: negative on every path from noise to data, shape of ``t``."""
         return self.alpha(t) * self.d_sigma(t) - self.sigma(t) * self.d_alpha(t)
 
     def drift(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """``d_alpha / alpha`` and ``w(t) = (d_alpha / alpha) sigma^2 - sigma d_sigma``, both of the shape of ``t``.
+        """``d_alpha / alpha`` and ``w(t) = (d_alpha / alpha) sigma^2 - sigma d_sigma``, shaped like t.
 
         The velocity is ``(d_alpha / alpha) x_t + w S``; infinite where alpha vanishes (t = 0 on Linear).
         """
@@ -206,9 +208,9 @@ class Trigonometric(Path):
 class VariancePreserving(Path):
     r"""The diffusion path with a linear noise rate (DDPM's continuous limit).
 
-    ``alpha = exp(-(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2)`` and ``sigma = sqrt(1 - alpha^2)``. At
-    t = 0 a little data is left (alpha = 6.6e-3 with the defaults). The derivative of sigma is infinite at t = 1: its
-    divisor is held at 1e-4, which it passes at 1 - t = 1e-7.
+    ``alpha = exp(-(1-t)^2 (beta_max - beta_min) / 4 - (1-t) beta_min / 2)`` and
+    ``sigma = sqrt(1 - alpha^2)``. At t = 0 a little data is left (alpha = 6.6e-3 with the defaults). The
+    derivative of sigma is infinite at t = 1: its divisor is held at 1e-4, which it passes at 1 - t = 1e-7.
 
     Args:
         beta_min: noise rate at the data end.
@@ -226,7 +228,9 @@ class VariancePreserving(Path):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"beta_min must lie in (0, beta_max], got beta_min={self.beta_min}, beta_max={self.beta_max}")
+            raise ValueError(
+                f"beta_min must lie in (0, beta_max], got beta_min={self.beta_min}, beta_max={self.beta_max}"
+            )
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         s = 1 - t

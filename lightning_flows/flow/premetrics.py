@@ -44,7 +44,9 @@ class PseudoHuber(Premetric):
         """See `Premetric.__call__`."""
         elements = prediction[0].numel()
         c = self.scale * elements
-        return (torch.sqrt(squared_error(prediction, target) * elements + c**2) - c) / elements
+        squared = squared_error(prediction, target) * elements
+        # (sqrt(s + c^2) - c) without its cancellation, which float32 would feel for small errors
+        return squared / (torch.sqrt(squared + c**2) + c) / elements
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

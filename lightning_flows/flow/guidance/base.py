@@ -137,7 +137,9 @@ class Guidance(ABC):
         """The wanted and the worse velocity, each (B, ...), from one call on the batch and its null copy."""
         rule = f"{type(self).__name__}(scale={self.scale})"
         if not network.streams:
-            raise ValueError(f"{rule} needs a network with a condition; an unconditional one allows scale 1 only")
+            raise ValueError(
+                f"{rule} needs a network with a condition; an unconditional one allows scale 1 only"
+            )
         if condition is None or not set(condition.streams) & set(network.streams):
             given = () if condition is None else condition.streams
             raise ValueError(f"{rule} needs a condition with one of {network.streams}, got {given}")

@@ -1,7 +1,7 @@
 """What a solver is: a way to carry x along a field over a grid of times.
 
-A grid of N + 1 times has N intervals, and N intervals are N steps; the first and the last time are reached exactly.
-The state stays in float32 (float64 if it comes so), whatever the network computes in.
+A grid of N + 1 times has N intervals, and N intervals are N steps; the first and the last time are reached
+exactly. The state stays in float32 (float64 if it comes so), whatever the network computes in.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Step(NamedTuple):
         std: its standard deviation; None for deterministic steps.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     t: Tensor
     x: Tensor
     nfe: int
@@ -75,7 +75,9 @@ class Solver(ABC):
     adaptive: ClassVar[bool] = False
 
     @abstractmethod
-    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
+    def iterate(
+        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
+    ) -> Iterator[Step]:
         """The steps one by one, for progress bars and trajectories.
 
         Args:
@@ -85,8 +87,8 @@ class Solver(ABC):
             noise: random numbers of a stochastic solver; draw j belongs to interval j.
 
         Raises:
-            ValueError: a grid that is not monotone or too short, missing noise or path, a field that this solver cannot
-                honour.
+            ValueError: a grid that is not monotone or too short, missing noise or path, a field that this
+                solver cannot honour.
         """
 
     def solve(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Solution:
@@ -120,4 +122,6 @@ def check_stateless(solver: Solver, field: Any) -> None:
     """Refuses a field that must be called once per step, in order, where the solver does not."""
     if getattr(field, "stateful", False):
         guidance = type(field.guidance).__name__
-        raise ValueError(f"{type(solver).__name__} may repeat or reject calls, which {guidance} (it has state) forbids")
+        raise ValueError(
+            f"{type(solver).__name__} may repeat or reject calls, which {guidance} (it has state) forbids"
+        )

@@ -1,4 +1,4 @@
-"""The adaptive fifth-order rule of Dormand and Prince, with the controller and the numbers of torchdiffeq's dopri5.
+"""The adaptive fifth-order rule of Dormand and Prince, with the controller of torchdiffeq's dopri5.
 
 References:
     A family of embedded Runge-Kutta formulae (Dormand, Prince, 1980).
@@ -8,7 +8,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lightning_flows.flow.noise import Noise
 from lightning_flows.flow.solvers.base import FieldLike, Solver, Step, check_grid, check_stateless, state_of
+
+Slope = Callable[[Tensor, float], Tensor]
 
 STAGES = (
     (1 / 5, (1 / 5,)),
@@ -41,7 +43,7 @@ SAFETY, GROW, SHRINK = 0.9, 10.0, 0.2
 
 
 class Interval(NamedTuple):
-    """An accepted step from t0 to t0 + h: values and slopes at its ends, value in its middle, each (B, ...)."""
+    """An accepted step from t0 to t0 + h: values and slopes at its ends, value in its middle."""
 
     t0: float
     h: float
@@ -64,15 +66,17 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class DormandPrince(Solver):
-    """Adaptive solver of order 5; the error of one step is held below ``atol + rtol |x|`` in the root mean square.
+    """Adaptive solver of order 5; the error of one step is held below ``atol + rtol |x|`` (root mean square).
 
-    One error norm over the whole batch steers the step, so a sample depends on its batch within the tolerance.
+    One error norm over the whole batch steers the step, so a sample depends on its batch within the
+    tolerance.
 
     Args:
         rtol: relative tolerance.
         atol: absolute tolerance.
-        end: ``clip`` shortens the last step, so that the field is never called outside the grid; ``interpolate`` steps
-            over the end and reads the value there from the quartic, which repeats torchdiffeq's numbers.
+        end: ``clip`` shortens the last step, so that the field is never called outside the grid;
+            ``interpolate`` steps over the end and reads the value there from the quartic, which repeats
+            torchdiffeq's numbers.
         max_attempts: attempted steps before it gives up.
 
     Raises:
@@ -92,7 +96,9 @@ class DormandPrince(Solver):
         if self.end not in ("clip", "interpolate"):
             raise ValueError(f"end must be 'clip' or 'interpolate', got {self.end!r}")
 
-    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
+    def iterate(
+        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
+    ) -> Iterator[Step]:
         """See `Solver.iterate`; times inside the grid are read from the quartic of the step that covers them.
 
         Raises:
@@ -130,7 +136,9 @@ class DormandPrince(Solver):
                 raise RuntimeError(f"the step vanished at t = {t}: the field is not finite or too stiff")
         raise RuntimeError(f"DormandPrince gave up after {self.max_attempts} attempted steps at t = {t}")
 
-    def _attempt(self, v, t: float, y: Tensor, f: Tensor, h: float) -> tuple[Tensor, Tensor, float, Tensor]:  # type: ignore[no-untyped-def]
+    def _attempt(
+        self, v: Slope, t: float, y: Tensor, f: Tensor, h: float
+    ) -> tuple[Tensor, Tensor, float, Tensor]:
         slopes = [f]
         for fraction, weights in STAGES:
             point = _combine(y, slopes, weights, h)
@@ -139,9 +147,11 @@ class DormandPrince(Solver):
         error = _rms(_combine(torch.zeros_like(y), slopes, ERROR, h) / scale)
         return point, slopes[-1], error, _combine(y, slopes, MIDDLE, h)
 
-    def _first_step(self, v, t: float, y: Tensor, f: Tensor, forward: float) -> float:  # type: ignore[no-untyped-def]
+    def _first_step(self, v: Slope, t: float, y: Tensor, f: Tensor, forward: float) -> float:
         scale = self.atol + y.abs() * self.rtol
         d0, d1 = _rms(y / scale), _rms(f / scale)
+        if max(d0, d1) == float("inf"):
+            raise RuntimeError(f"the state or the field is not finite at t = {t}")
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
         ahead = v(y + forward * h0 * f, t + forward * h0)
         d2 = _rms((ahead - f) / scale) / h0

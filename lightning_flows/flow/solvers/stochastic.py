@@ -2,8 +2,8 @@ r"""Solvers of the stochastic differential equation that has the same marginals 
 
 .. math:: dx = [v(x, t) + w(t)\,S(x, t)]\,dt + \sqrt{2 w(t)}\,dW
 
-for any diffusion w(t) >= 0. With the score ``S = -E / sigma`` the drift is ``v - (w / sigma) E``, where the noise E
-follows from the same velocity: one network call gives both, and E stays finite where S does not.
+for any diffusion w(t) >= 0. With the score ``S = -E / sigma`` the drift is ``v - (w / sigma) E``, where the
+noise E follows from the same velocity: one network call gives both, and E stays finite where S does not.
 
 References:
     SiT: Exploring Flow and Diffusion-based Generative Models (Ma et al., 2024), section 2 and table 7.
@@ -49,8 +49,8 @@ class Diffusion:
     Args:
         form: see the table.
         scale: magnitude s.
-        maximum: w is held below it. Only ``sbdm`` needs it: it is infinite at t = 0 on a path without data there. A
-            step of length h is stable while ``w h`` is below about sigma squared.
+        maximum: w is held below it. Only ``sbdm`` needs it: it is infinite at t = 0 on a path without data
+            there. A step of length h is stable while ``w h`` is below about sigma squared.
 
     Raises:
         ValueError: an unknown form, a negative scale.
@@ -67,7 +67,7 @@ class Diffusion:
             raise ValueError(f"scale must not be negative, got {self.scale}")
 
     def __call__(self, path: Path, t: Tensor) -> float:
-        """w at time ``t`` of shape ()."""
+        """Value w at time ``t`` of shape ()."""
         t = t.double()
         match self.form:
             case "sigma":
@@ -91,8 +91,8 @@ class StochasticSolver(Solver):
 
     Args:
         diffusion: w(t).
-        last: the last interval of the grid: ``mean`` follows the drift without noise, ``tweedie`` jumps to the expected
-            data, ``euler`` follows the velocity alone, ``noise`` is a step like the others.
+        last: the last interval of the grid: ``mean`` follows the drift without noise, ``tweedie`` jumps to
+            the expected data, ``euler`` follows the velocity alone, ``noise`` is a step like the others.
         path: needed only for a field without a ``path`` of its own.
 
     Raises:
@@ -110,7 +110,9 @@ class StochasticSolver(Solver):
         if self.last not in LASTS:
             raise ValueError(f"last must be one of {list(LASTS)}, got {self.last!r}")
 
-    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
+    def iterate(
+        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
+    ) -> Iterator[Step]:
         """See `Solver.iterate`."""
         lengths, times, path = check_grid(grid), grid.unbind(), self._path(field)
         if noise is None:
@@ -128,7 +130,15 @@ class StochasticSolver(Solver):
 
     @abstractmethod
     def step(
-        self, v: FieldLike, path: Path, x: Tensor, t: Tensor, t_next: Tensor, h: float, noise: Noise, draw: int
+        self,
+        v: FieldLike,
+        path: Path,
+        x: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        h: float,
+        noise: Noise,
+        draw: int,
     ) -> tuple[Tensor, Tensor | None, float | None]:
         """One step: the new state (B, ...), and mean and deviation where the transition is Gaussian."""
 
@@ -149,7 +159,9 @@ class StochasticSolver(Solver):
     def _path(self, field: Any) -> Path:
         path = self.path or getattr(field, "path", None)
         if path is None:
-            raise ValueError(f"{type(self).__name__} needs the score: give it a path, or a field that has one")
+            raise ValueError(
+                f"{type(self).__name__} needs the score: give it a path, or a field that has one"
+            )
         return path
 
 
@@ -158,7 +170,15 @@ class EulerMaruyama(StochasticSolver):
     """``x + drift h + sqrt(2 w h) n``: one call a step, weak order 1."""
 
     def step(
-        self, v: FieldLike, path: Path, x: Tensor, t: Tensor, t_next: Tensor, h: float, noise: Noise, draw: int
+        self,
+        v: FieldLike,
+        path: Path,
+        x: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        h: float,
+        noise: Noise,
+        draw: int,
     ) -> tuple[Tensor, Tensor | None, float | None]:
         """See `StochasticSolver.step`."""
         mean = torch.add(x, self.drift(v, path, x, t), alpha=h)
@@ -174,8 +194,8 @@ class StochasticHeun(StochasticSolver):
         diffusion: see `StochasticSolver`.
         last: see `StochasticSolver`.
         path: see `StochasticSolver`.
-        noise_at: ``both`` adds half of the noise before and half after the drift (symmetric splitting, weak order 2);
-            ``start`` adds all of it before, as SiT does.
+        noise_at: ``both`` adds half of the noise before and half after the drift (symmetric splitting, weak
+            order 2); ``start`` adds all of it before, as SiT does.
 
     Raises:
         ValueError: another ``noise_at``.
@@ -191,7 +211,15 @@ class StochasticHeun(StochasticSolver):
             raise ValueError(f"noise_at must be 'both' or 'start', got {self.noise_at!r}")
 
     def step(
-        self, v: FieldLike, path: Path, x: Tensor, t: Tensor, t_next: Tensor, h: float, noise: Noise, draw: int
+        self,
+        v: FieldLike,
+        path: Path,
+        x: Tensor,
+        t: Tensor,
+        t_next: Tensor,
+        h: float,
+        noise: Noise,
+        draw: int,
     ) -> tuple[Tensor, Tensor | None, float | None]:
         """See `StochasticSolver.step`; the transition is not Gaussian."""
         share = 1.0 if self.noise_at == "start" else 0.5
