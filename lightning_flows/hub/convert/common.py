@@ -1,0 +1,159 @@
+"""Reading official checkpoint files: pickles without code execution, wrappers, prefixes; what a format is.
+
+Nothing here guesses: an unknown key, a file that holds neither a state dict nor a known wrapper of one, or a
+choice that the file does not offer is an error that names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_flows.store import load_tensors
+
+Weights = Literal["ema", "raw"]
+WRAPPED: dict[str, tuple[str, ...]] = {
+    "ema": ("ema", "ema_state_dict"),
+    "raw": ("model", "model_dict", "state_dict"),
+}
+ASIDE = {"opt", "optimizer", "scheduler", "args", "epoch", "global_step", "step", "train_steps"}
+PREFIX = "module."
+
+
+@dataclass(frozen=True)
+class Format:
+    """One official checkpoint format.
+
+    Attributes:
+        name: as the user writes it.
+        source: what wrote such files.
+        licence: Hugging Face licence id of the weights.
+        licence_note: one or two sentences about it, for the card.
+        load_network: ``(tensors, **sizes) -> network`` in our conventions, with the weights.
+        module: ``(network) -> GenerativeModule``: codec, objective and sampler of the publication.
+    """
+
+    name: str
+    source: str
+    licence: str
+    licence_note: str
+    load_network: Callable[..., nn.Module]
+    module: Callable[[nn.Module], Any]
+
+
+def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Tensor]:
+    """The state dict in a checkpoint file, float32, without the prefix that data-parallel training adds.
+
+    Args:
+        file: ``.safetensors``, or what ``torch.save`` wrote: a state dict, or one inside
+            ``{model, ema, opt, args}``, ``{model_dict, optimizer, ...}`` and the like. A pickled
+            ``argparse.Namespace`` is allowed, other classes are not.
+        weights: ``"ema"`` or ``"raw"`` where a file holds both; by default the average if there is one.
+
+    Raises:
+        ValueError: a file that is missing, truncated or of another kind; weights that it does not have; a
+            value that is no floating-point tensor; a prefix that only some keys have.
+    """
+    path = Path(file)
+    content = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    state = _unwrap(content, weights, path)
+    return {name: _tensor(value, name, path) for name, value in _strip(state, path).items()}
+
+
+def digest(file: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(file).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def card(form: Format, file: str | Path) -> str:
+    """Model card of a converted folder: where the weights come from, their licence, how to load them."""
+    name = Path(file).name
+    return f"""---
+license: {form.licence}
+library_name: lightning_flows
+tags: [flow-matching, {form.name}]
+---
+
+# {name}, converted
+
+Weights of `{name}` ({form.source}), converted by `lightning-flows convert {form.name}`. The numbers are the
+original ones; names and conventions are those of lightning_flows (time from noise 0 to data 1).
+
+- SHA-256 of the original file: `{digest(file)}`
+- Licence of the weights: {form.licence}. {form.licence_note}
+
+```python
+import lightning_flows as lf
+
+model = lf.from_pretrained("path/to/this/folder")
+images = model.sample(n=4, seed=0)  # for class-conditional weights: lf.Condition(label=...)
+```
+"""
+
+
+def _unpickle(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"file {path} does not exist")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"file {path} is no checkpoint, or holds more than tensors and plain values: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"file {path} is truncated or no checkpoint: {error}") from error
+
+
+def _unwrap(content: Any, weights: Weights | None, path: Path) -> Mapping[str, Any]:
+    if weights not in (None, *WRAPPED):
+        raise ValueError(f"weights must be one of {list(WRAPPED)} or None, got {weights!r}")
+    if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"file {path} holds a {type(content).__name__}, not a state dict")
+    found = {
+        kind: key for kind, keys in WRAPPED.items() for key in keys if isinstance(content.get(key), Mapping)
+    }
+    if not found:
+        return _bare(content, weights, path)
+    known = ASIDE.union(*WRAPPED.values())
+    if unknown := sorted(set(content) - known):
+        raise ValueError(f"file {path} holds {unknown} beside the weights, which no converter understands")
+    kind = weights or ("ema" if "ema" in found else "raw")
+    if kind not in found:
+        raise ValueError(
+            f"weights={kind!r}, but file {path} has only {sorted(found)} (keys {sorted(content)})"
+        )
+    return content[found[kind]]
+
+
+def _bare(content: Mapping[str, Any], weights: Weights | None, path: Path) -> Mapping[str, Any]:
+    if weights is not None:
+        raise ValueError(f"weights={weights!r}, but file {path} holds one bare state dict: leave weights out")
+    return content
+
+
+def _strip(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    prefixed = [name.startswith(PREFIX) for name in state]
+    if not any(prefixed):
+        return dict(state)
+    if not all(prefixed):
+        bare = sorted(name for name in state if not name.startswith(PREFIX))
+        raise ValueError(f"file {path}: only some keys begin with {PREFIX!r}; these do not: {bare[:8]}")
+    return {name.removeprefix(PREFIX): value for name, value in state.items()}
+
+
+def _tensor(value: Any, name: str, path: Path) -> Tensor:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"file {path}: {name!r} must be a tensor of floating-point numbers, got {kind}")
+    return value.detach().float()

@@ -1,0 +1,133 @@
+"""A card says what a model is, and beside every figure what it was measured with."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from lightning_flows.hub import card, figures, read_header, write_card
+
+CONFIG = {
+    "class_path": "lightning_flows.modules.LatentFlowMatching",
+    "init_args": {
+        "network": {"class_path": "lightning_flows.networks.DiT", "init_args": {"num_classes": 10}}
+    },
+}
+SETTING = {
+    "real": 500,
+    "samples": 400,
+    "extractor": "digits",
+    "seed": 7,
+    "solver": "Euler",
+    "steps": 50,
+    "nfe": 50,
+}
+METRICS = {
+    "test": {
+        "values": {
+            "kid": {"value": 0.0123456, **SETTING},
+            "prdc": {"value": {"precision": 0.5, "recall": 0.25}, **SETTING},
+            "failed": {"value": None, **SETTING},
+        },
+        "logged": {"test/nfe": 50.0},
+        "versions": {"torch": "2"},
+    }
+}
+
+
+def header(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_figures_of_an_evaluation():
+    found = figures(METRICS)
+    assert [(f.name, f.value) for f in found] == [
+        ("kid", 0.0123456),
+        ("prdc/precision", 0.5),
+        ("prdc/recall", 0.25),
+    ]
+    assert all(figure.setting == SETTING for figure in found)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"fid": 3.0}, {"fid": {"value": 3.0}}, [{"name": "fid", "value": 3.0}], {"fid": {"value": {"": 3.0}}}],
+)
+def test_other_spellings_of_figures(metrics):
+    (figure,) = figures(metrics)
+    assert figure.name.rstrip("/") == "fid"
+    assert figure.value == 3.0
+
+
+def test_no_metrics_is_no_figures():
+    assert figures(None) == figures({}) == figures({"test": {"values": {}}}) == []
+
+
+def test_the_header_is_what_the_hub_reads():
+    text = card(
+        CONFIG, METRICS, licence="cc-by-4.0", model_id="m", data=["digits"], split="test", base_model="org/b"
+    )
+    data = ModelCard(text).data
+    assert data.library_name == "lightning_flows"
+    assert data.license == "cc-by-4.0"
+    assert data.datasets == ["digits"]
+    assert data.base_model == "org/b"
+    first = data.eval_results[0]
+    assert (first.metric_type, first.metric_value) == ("kid", 0.0123456)
+    assert first.metric_args == SETTING
+    (model,) = header(text)["model-index"]
+    assert model["name"] == "m"
+
+
+def test_the_table_holds_every_setting():
+    text = card(CONFIG, METRICS, licence="mit", command="lightning-flows test -c recipe.yaml")
+    assert "| metric | value | real | samples | extractor | solver | steps | network calls | seed |" in text
+    assert "| kid | 0.012346 | 500 | 400 | digits | Euler | 50 | 50 | 7 |" in text
+    assert "lightning-flows test -c recipe.yaml" in text
+
+
+def snippet(text):
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_snippet_is_python_and_asks_for_labels_where_there_are_some():
+    labelled = snippet(card(CONFIG, licence="mit", model_id="org/m"))
+    compile(labelled, "card", "exec")
+    assert 'lf.from_pretrained("org/m")' in labelled
+    assert "lf.Condition(label=torch.arange(10))" in labelled
+    plain = snippet(card({"class_path": "torch.nn.Linear", "init_args": {}}, licence="mit"))
+    compile(plain, "card", "exec")
+    assert "n=16" in plain
+
+
+def test_a_card_without_figures_has_no_results():
+    text = card(CONFIG, licence="mit")
+    assert "model-index" not in text
+    assert "## Results" not in text
+
+
+def test_an_empty_licence_is_refused():
+    with pytest.raises(ValueError, match="licence=''"):
+        card(CONFIG, licence="")
+
+
+def test_a_written_card_is_read_back(tmp_path):
+    folder = tmp_path / "lfm-digits"
+    folder.mkdir()
+    file = write_card(folder, CONFIG, METRICS, licence="mit")
+    assert file == folder / "README.md"
+    assert "# lfm-digits" in file.read_text()
+    assert read_header(folder)["license"] == "mit"
+    assert read_header(tmp_path) == {}
+
+
+def test_the_hub_client_is_imported_only_where_it_is_used():
+    code = (
+        "import sys\nfrom lightning_flows.hub import table\ntable()\nprint('huggingface_hub' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert run.stdout.strip() == "False"
