@@ -1,0 +1,191 @@
+"""From a picture on disk to a float tensor in [-1, 1]; a mask moves along with its image.
+
+Randomness comes from a generator that the caller gives, and every random choice draws the same numbers
+whether or not it is switched on: turning flips on does not move the crops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+Size = int | tuple[int, int]
+
+
+def height_width(size: Size | None) -> tuple[int, int] | None:
+    """``size`` as (height, width).
+
+    Raises:
+        ValueError: sides that are not positive.
+    """
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"size must be a side or (height, width) in pixels, at least 1, got {size!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The decoded picture.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read as a picture; both name the file.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {path} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+
+
+def convert_channels(picture: Image.Image, channels: int | None, background: int = 255) -> Image.Image:
+    """Grey (1), RGB (3) or RGBA (4) version of a picture.
+
+    Transparent pictures are laid on a background of one grey level before they lose their alpha (the colour
+    under transparent pixels means nothing); 16-bit grey is scaled to 8 bits.
+
+    Args:
+        picture: any mode that Pillow reads.
+        channels: 1, 3, 4, or None to keep what the file has.
+        background: grey level 0..255 under transparent pixels.
+    """
+    if channels is not None and channels not in MODES:
+        raise ValueError(f"channels must be 1 (grey), 3 (RGB), 4 (RGBA) or None, got {channels!r}")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint16) // 257).astype(np.uint8))
+    transparent = picture.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in picture.info
+    mode = MODES[channels] if channels else _own_mode(picture, transparent)
+    if transparent and mode != "RGBA":
+        below = Image.new("RGBA", picture.size, (background, background, background, 255))
+        picture = Image.alpha_composite(below, picture.convert("RGBA"))
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _own_mode(picture: Image.Image, transparent: bool) -> str:
+    if transparent:
+        return "RGBA"
+    return "L" if picture.mode in ("1", "L", "I", "F") else "RGB"
+
+
+def read_image(path: str | Path, channels: int | None = 3, background: int = 255) -> Tensor:
+    """Image file as uint8, shape (C, H, W); see `read_picture` and `convert_channels`."""
+    return F.pil_to_tensor(convert_channels(read_picture(path), channels, background))
+
+
+def read_mask(path: str | Path) -> Tensor:
+    """Mask file (grey levels or palette indices are the class ids) as int64, shape (H, W).
+
+    Raises:
+        ValueError: the file has several channels, so that its values are colours and not ids; names the file.
+    """
+    ids = np.asarray(read_picture(path))
+    if ids.ndim != 2:
+        raise ValueError(
+            f"mask {path} must have one channel (grey or palette) with class ids, got shape {ids.shape}"
+        )
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def to_signed(image: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], any shape; float images are in [-1, 1] already and pass."""
+    return image.float() / 127.5 - 1 if image.dtype == torch.uint8 else image.float()
+
+
+def _covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same shape that covers ``size``."""
+    ratio = max(size[0] / height, size[1] / width)
+    return max(size[0], round(height * ratio)), max(size[1], round(width * ratio))
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Image (C, H, W), scaled to cover ``size`` = (height, width), undistorted; antialiased bicubic."""
+    target = _covering(*image.shape[-2:], size)
+    if target == tuple(image.shape[-2:]):
+        return image
+    scaled = F.resize(image, list(target), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return scaled if image.dtype == torch.uint8 else scaled.clamp(-1, 1)  # bicubic overshoots at edges
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask (H, W), scaled like `resize` with the nearest pixel: no new ids."""
+    target = _covering(*mask.shape[-2:], size)
+    if target == tuple(mask.shape[-2:]):
+        return mask
+    return F.resize(mask[None], list(target), interpolation=InterpolationMode.NEAREST_EXACT)[0]
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Resizes the shorter side, crops, flips, scales to [-1, 1]; a mask takes the same way.
+
+    Args:
+        size: side, or (height, width); None keeps the size of the file.
+        resize: side or (height, width) that the picture is scaled to cover before ``size`` is cropped from
+            it, so that a random crop has room in square pictures too; None takes ``size``.
+        crop: where the crop lies: ``"center"`` or ``"random"`` (the latter needs a generator, else center).
+        flip: mirror left and right with probability 1/2 (needs a generator, else never).
+
+    Raises:
+        ValueError: an unknown crop, a size that is not positive, or a resize below it.
+    """
+
+    size: Size | None = None
+    resize: Size | None = None
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        size, scaled = height_width(self.size), height_width(self.resize)
+        if scaled is not None and (size is None or scaled[0] < size[0] or scaled[1] < size[1]):
+            raise ValueError(f"resize must be at least size={self.size} and needs it, got {self.resize}")
+        if self.crop not in ("center", "random"):
+            raise ValueError(f"crop must be 'center' or 'random', got {self.crop!r}")
+
+    def __call__(self, item: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
+        """The item with ``image`` float32 (C, H, W) in [-1, 1] and, if it has one, ``mask`` int64 (H, W)."""
+        top, left, mirror = self._draw(generator)
+        item = dict(item)
+        if (size := height_width(self.size)) is not None:
+            cover = height_width(self.resize) or size
+            item["image"] = _crop(resize(item["image"], cover), size, top, left)
+            if "mask" in item:
+                item["mask"] = _crop(resize_mask(item["mask"], cover), size, top, left)
+        if "mask" in item:
+            item["mask"] = item["mask"].long()
+        if mirror:
+            item |= {name: item[name].flip(-1) for name in ("image", "mask") if name in item}
+        item["image"] = to_signed(item["image"]).contiguous()
+        return item
+
+    def _draw(self, generator: torch.Generator | None) -> tuple[float, float, bool]:
+        """Place of the crop in [0, 1]^2 and whether to mirror."""
+        if generator is None:
+            return 0.5, 0.5, False
+        top, left, coin = torch.rand(3, generator=generator).tolist()
+        if self.crop == "center":
+            top = left = 0.5
+        return top, left, self.flip and coin < 0.5
+
+
+def _crop(image: Tensor, size: tuple[int, int], top: float, left: float) -> Tensor:
+    """Cut of ``size`` whose corner lies at the fraction (top, left) of the room; the centre at 0.5."""
+    height, width = image.shape[-2:]
+    room_y, room_x = height - size[0], width - size[1]
+    y, x = min(int(top * (room_y + 1)), room_y), min(int(left * (room_x + 1)), room_x)
+    return image[..., y : y + size[0], x : x + size[1]]
