@@ -156,6 +156,10 @@ class KeyedItems(Dataset):
         """Number of items N."""
         return len(self.items)  # type: ignore[arg-type]
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The items of epoch 0 in order (any number has an item, so iteration would not end by itself)."""
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Item ``number % N`` in epoch ``number // N``, with ``index`` and, in training, ``epoch``."""
         epoch, index = divmod(int(number), len(self))

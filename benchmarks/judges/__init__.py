@@ -1,0 +1,1 @@
+"""Judges: classifiers that score samples, trained on real training data alone, from a fixed seed."""
