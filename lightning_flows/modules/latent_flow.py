@@ -1,0 +1,254 @@
+r"""Latent flow matching: a velocity field in the latent space of a codec, or in pixels with the identity.
+
+References:
+    Flow Matching in Latent Space (Dao, Phung, Nguyen, Tran, 2023).
+    SiT: Exploring Flow and Diffusion-based Generative Models (Ma et al., 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_flows.codecs import Codec, Identity
+from lightning_flows.flow import (
+    ClassifierFree,
+    Condition,
+    Divergence,
+    Field,
+    FlowMatching,
+    Guidance,
+    Losses,
+    Midpoint,
+    Noise,
+    SampleNoise,
+    Solution,
+    Solver,
+    StepNoise,
+    Velocity,
+    key,
+    seeds_from,
+)
+from lightning_flows.flow import log_prob as flow_log_prob
+from lightning_flows.modules.base import GenerativeModule, Progress, run_seed
+from lightning_flows.networks import check_condition
+
+
+class LatentFlowMatching(GenerativeModule):
+    """Flow matching in a latent space.
+
+    Training regresses the objective's target at ``z = (codec.encode(x) - latent_shift) * latent_scale``; sampling
+    solves the flow from noise to z and decodes it.
+
+    Args:
+        network: predicts the objective's quantity: ``(x (B, C, H, W), t (B,), condition) -> (B, C, H, W)``.
+        codec: data <-> latent; the identity by default.
+        objective: path, source, times, coupling and prediction.
+        solver: solves the flow at sampling; midpoint by default.
+        steps: intervals of the time grid of a sample.
+        guidance: of samples; None is the conditional velocity alone.
+        standardize: batches from which ``latent_shift`` and ``latent_scale`` (per channel) are measured before the
+            first step of a fresh run, so that latents have mean 0 and deviation 1; 0 leaves them as they are.
+            Statistics that came with weights are kept: the network that is finetuned was trained on them.
+        shape: shape (C, H, W) of a latent; that of the network by default.
+        optimizer: see `GenerativeModule`.
+        lr_scheduler: see `GenerativeModule`.
+
+    Attributes:
+        latent_shift: subtracted from latents, buffer, shape (C, 1, 1).
+        latent_scale: factor on latents, buffer, shape (C, 1, 1).
+
+    Raises:
+        ValueError: no step, an unknown latent shape, a stochastic solver over a source that is not Gaussian.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        codec: Codec | None = None,
+        objective: FlowMatching | None = None,
+        solver: Solver | None = None,
+        steps: int = 25,
+        guidance: Guidance | None = None,
+        standardize: int = 0,
+        shape: tuple[int, int, int] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.network = network
+        self.codec = codec or Identity()
+        self.objective = objective or FlowMatching()
+        self.solver, self.steps = solver or Midpoint(), steps
+        self.guidance, self.standardize = guidance, standardize
+        self.shape = tuple(shape or getattr(network, "shape", ()))
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"shape must be (C, H, W): {type(network).__name__} does not say it, give it to the module"
+            )
+        self.register_buffer("latent_shift", torch.zeros(self.shape[0], 1, 1))
+        self.register_buffer("latent_scale", torch.ones(self.shape[0], 1, 1))
+        self._check_solver(self.solver)
+
+    # ------------------------------------------------------------------ training
+
+    def losses(self, batch: Any, noise: StepNoise) -> Losses:
+        """See `GenerativeModule.losses`; ``source`` in the batch is noise coupled in a data worker."""
+        z = self.encode(self.data_of(batch), noise)
+        return self.objective(self.network, z, self.condition_of(batch), noise, x0=batch.get("source"))
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """The latent that the flow models, (B, C', H', W') -> (B, C, H, W)."""
+        return (self.codec.encode(x, noise) - self.latent_shift) * self.latent_scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Data of a latent, (B, C, H, W) -> (B, C', H', W'); differentiable."""
+        return self.codec.decode(z / self.latent_scale + self.latent_shift)
+
+    def on_train_start(self) -> None:
+        """Measures the latents once, before the first step, unless their statistics came with weights."""
+        if self.standardize and self.trainer.global_step == 0 and not self._has_statistics():
+            self.set_latent_statistics(*self._measure_latents())
+
+    def _has_statistics(self) -> bool:
+        return bool((self.latent_shift != 0).any() or (self.latent_scale != 1).any())
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store per-channel mean and deviation, each (C,), so that latents leave `encode` with 0 and 1.
+
+        Raises:
+            ValueError: a deviation that is not positive.
+        """
+        if not bool((std > 0).all()):
+            raise ValueError(f"std must be positive, got {std.tolist()}")
+        self.latent_shift.copy_(mean.reshape(-1, 1, 1))
+        self.latent_scale.copy_(1 / std.reshape(-1, 1, 1))
+
+    @torch.no_grad()
+    def _measure_latents(self) -> tuple[Tensor, Tensor]:
+        moments = torch.zeros(3, self.shape[0], dtype=torch.float64, device=self.device)
+        loader = (
+            self.trainer.datamodule.train_dataloader() if self.trainer.datamodule else self.trainer.train_dataloader
+        )
+        for i, batch in zip(range(self.standardize), loader, strict=False):
+            x = self.data_of(self.trainer.strategy.batch_to_device(batch))
+            z = self.codec.encode(x, StepNoise(key("statistics", run_seed()), i, self.global_rank)).double()
+            count = z[:, 0].numel()
+            moments += torch.stack([z.new_full((len(moments[0]),), count), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
+        moments = self.trainer.strategy.reduce(moments, reduce_op="sum")
+        mean = moments[1] / moments[0]
+        return mean.float(), (moments[2] / moments[0] - mean**2).sqrt().float()
+
+    # ------------------------------------------------------------------ sampling
+
+    def generate(
+        self,
+        condition: Condition | None,
+        noise: SampleNoise,
+        *,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        guidance: Guidance | float | None = None,
+        progress: Progress | None = None,
+    ) -> Solution:
+        """Samples in data space, shape (B, ...), and the calls of the field.
+
+        Args:
+            condition: of the samples.
+            noise: one seed for each sample.
+            steps: intervals of the time grid; the module's by default.
+            solver: the module's by default.
+            guidance: a guidance, or the scale of a classifier-free one (1 is off); the module's by default.
+            progress: called with (step, steps).
+
+        Raises:
+            ValueError: a condition, guidance or solver that does not go with this model.
+        """
+        solver, steps = solver or self.solver, self.steps if steps is None else steps
+        self._check_solver(solver)
+        check_condition(self.network, condition)
+        field = self.field(condition, self._guidance(guidance))
+        like = torch.empty(len(noise.seeds), *self.shape, device=self.device)
+        z = self.objective.source.sample(noise, "source", like)
+        grid, nfe = self.objective.times.grid(steps, device=z.device), 0
+        for step in solver.iterate(field, z, grid, noise):
+            z, nfe = step.x, step.nfe
+            if progress is not None:
+                progress(step.index + 1, steps)
+        return Solution(self.decode(z), nfe)
+
+    def field(self, condition: Condition | None = None, guidance: Guidance | None = None) -> Field:
+        """The vector field of the model in latent space: ``field(z, t) -> velocity``."""
+        velocity = Velocity(self.network, self.objective.path, self.objective.prediction, self.objective.floor)
+        return Field(velocity, condition, guidance)
+
+    def _guidance(self, given: Guidance | float | None) -> Guidance | None:
+        if given is None or isinstance(given, Guidance):
+            return given or self.guidance
+        if self.guidance is None:
+            return ClassifierFree(float(given))
+        return replace(self.guidance, scale=float(given))
+
+    def _check_solver(self, solver: Solver) -> None:
+        if solver.stochastic and not self.objective.source.gaussian:
+            raise ValueError(f"solver {type(solver).__name__} needs the score, which only a Gaussian source gives")
+
+    # ------------------------------------------------------------------ likelihood
+
+    def density_dims(self, x: Tensor) -> int:
+        """See `GenerativeModule.density_dims`: those of the latent."""
+        return math.prod(self.shape)
+
+    def log_prob(
+        self,
+        x: Tensor,
+        condition: Condition | None = None,
+        *,
+        steps: int | None = None,
+        solver: Solver | None = None,
+        divergence: Divergence | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Log-density in nats of what the codec encodes to: pixels for the identity, else ``codec.encode(x)``.
+
+        Exact up to the solver for the exact divergence, unbiased for `flow.Hutchinson`. Gradients flow to the
+        parameters and, with the identity codec, to ``x`` where they are enabled.
+
+        Args:
+            x: data, shape (B, ...); dequantise pixels first (`flow.dequantize`).
+            condition: of the samples; None for none.
+            steps: intervals of the time grid; the module's by default.
+            solver: a deterministic solver; the module's by default.
+            divergence: `flow.Exact` by default.
+            seed: of the probes and of a sampled posterior.
+
+        Returns:
+            Nats, shape (B,); of the latent before `latent_shift` and `latent_scale`, whose volume change is counted.
+
+        Raises:
+            ValueError: a solver that is stochastic.
+            RuntimeError: inside ``torch.inference_mode``.
+        """
+        check_condition(self.network, condition)
+        noise = SampleNoise(seeds_from(seed, len(x)))
+        z = (self.codec.encode(x, noise) - self.latent_shift) * self.latent_scale
+        density = flow_log_prob(
+            self.field(condition),
+            z,
+            solver=solver or self.solver,
+            grid=self.objective.times.grid(self.steps if steps is None else steps, device=z.device),
+            source=self.objective.source,
+            divergence=divergence,
+            noise=noise,
+        )
+        volume = self.latent_scale.abs().log().sum() * (self.shape[1] * self.shape[2])
+        return density.log_prob + volume

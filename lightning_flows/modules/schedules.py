@@ -1,0 +1,64 @@
+"""Learning-rate schedules in optimizer steps, as classes that a recipe can name."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class WarmupConstant(LambdaLR):
+    """A linear rise over ``warmup_steps`` optimizer steps, then a constant rate.
+
+    Args:
+        optimizer: whose rates are scaled.
+        warmup_steps: steps of the rise; step 1 has 1 / warmup_steps of the rate.
+        last_epoch: see torch's schedulers.
+
+    Raises:
+        ValueError: a negative ``warmup_steps``.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, last_epoch: int = -1) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}")
+        super().__init__(optimizer, lambda step: _rise(step, warmup_steps), last_epoch)
+
+
+class WarmupCosine(LambdaLR):
+    """A linear rise, then half a cosine down to ``final`` times the rate at ``total_steps``, constant after that.
+
+    Args:
+        optimizer: whose rates are scaled.
+        total_steps: optimizer steps until the end of the cosine.
+        warmup_steps: steps of the rise.
+        final: fraction of the rate at the end.
+        last_epoch: see torch's schedulers.
+
+    Raises:
+        ValueError: unless ``0 <= warmup_steps < total_steps`` and ``0 <= final <= 1``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        warmup_steps: int = 0,
+        final: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(f"warmup_steps must lie in [0, total_steps={total_steps}), got {warmup_steps}")
+        if not 0 <= final <= 1:
+            raise ValueError(f"final must lie in [0, 1], got {final}")
+
+        def factor(step: int) -> float:
+            done = min(1.0, max(0.0, (step - warmup_steps) / (total_steps - warmup_steps)))
+            return _rise(step, warmup_steps) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+        super().__init__(optimizer, factor, last_epoch)
+
+
+def _rise(step: int, warmup_steps: int) -> float:
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
