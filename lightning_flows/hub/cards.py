@@ -236,9 +236,7 @@ def _results(found: list[Figure], data: list[str], split: str | None, command: s
     lines = ["metric", "value", *(_COLUMNS[key] for key in columns)]
     table = [_row(lines), _row(["---"] * len(lines))]
     for figure in found:
-        table.append(
-            _row([figure.name, _text(figure.value), *(_text(figure.setting.get(key)) for key in columns)])
-        )
+        table.append(_row([figure.name, _text(figure.value), *(_text(figure.setting.get(key)) for key in columns)]))
     against = f"Measured on {', '.join(data)}{f' ({split})' if split else ''}.\n\n" if data else ""
     again = f"\n\nThe figures come from\n\n```bash\n{command}\n```" if command else ""
     return f"## Results\n\n{against}" + "\n".join(table) + again

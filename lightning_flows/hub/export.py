@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lightning_flows.hub.cards import METRICS, card
+from lightning_flows.modules.pretrained import read_checkpoint
 from lightning_flows.store import check, save_folder
 
 RECIPE = "recipe.yaml"
@@ -41,8 +41,7 @@ def export_run(
     """
     if not (run / RUN_CONFIG).is_file():
         raise ValueError(f"{run} holds no {RUN_CONFIG}: it is not the folder of a fit")
-    content = _checkpoint(ckpt)
-    config = _model_config(content, ckpt)
+    config, tensors = read_checkpoint(ckpt)
     check(config)
     options = yaml.safe_load((run / RUN_CONFIG).read_text())
     metrics = json.loads((run / METRICS).read_text()) if (run / METRICS).is_file() else {}
@@ -60,16 +59,14 @@ def export_run(
     files = {RECIPE: recipe_of(options), "README.md": text}
     if metrics:
         files[METRICS] = json.dumps(metrics, indent=2) + "\n"
-    save_folder(out, config, content["state_dict"], files)
+    save_folder(out, config, tensors, files)
     return out
 
 
 def recipe_of(options: Mapping[str, Any]) -> str:
-    """YAML of a run's configuration without what belongs to one run or one machine, and without defaults that are null."""
+    """YAML of a run's configuration without what belongs to one run or one machine, and without nulls."""
     kept = {name: value for name, value in options.items() if name not in _OF_THE_RUN}
-    kept["trainer"] = {
-        name: value for name, value in kept.get("trainer", {}).items() if name not in _OF_THE_MACHINE
-    }
+    kept["trainer"] = {name: value for name, value in kept.get("trainer", {}).items() if name not in _OF_THE_MACHINE}
     for callback in kept["trainer"].get("callbacks") or []:
         callback.get("init_args", {}).pop("dirpath", None)
     return yaml.safe_dump(_without_null(kept), sort_keys=False, width=110)
@@ -79,21 +76,6 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-def _checkpoint(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} does not exist")
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _model_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    hparams = dict(content.get("hyper_parameters") or {})
-    if "_class_path" not in hparams:
-        raise ValueError(f"checkpoint {file} does not name its model: it was not written by this package")
-    path = hparams.pop("_class_path")
-    hparams.pop("_instantiator", None)
-    return {"class_path": path, "init_args": hparams}
 
 
 def _data_name(options: Mapping[str, Any]) -> str:

@@ -140,9 +140,7 @@ def push_to_hub(
         warnings.warn("no licence given: the card says 'unknown', so nobody may use the weights.")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / repo_id.rpartition("/")[2]
-        save_pretrained(
-            model, folder, licence=licence or "unknown", metrics=metrics, model_id=repo_id, **about
-        )
+        save_pretrained(model, folder, licence=licence or "unknown", metrics=metrics, model_id=repo_id, **about)
         return push(
             folder,
             repo_id,

@@ -120,9 +120,7 @@ def _unwrap(content: Any, weights: Weights | None, path: Path) -> Mapping[str, A
         raise ValueError(f"weights must be one of {list(WRAPPED)} or None, got {weights!r}")
     if not isinstance(content, Mapping) or not content or not all(isinstance(key, str) for key in content):
         raise ValueError(f"file {path} holds a {type(content).__name__}, not a state dict")
-    found = {
-        kind: key for kind, keys in WRAPPED.items() for key in keys if isinstance(content.get(key), Mapping)
-    }
+    found = {kind: key for kind, keys in WRAPPED.items() for key in keys if isinstance(content.get(key), Mapping)}
     if not found:
         return _bare(content, weights, path)
     known = ASIDE.union(*WRAPPED.values())
@@ -130,9 +128,7 @@ def _unwrap(content: Any, weights: Weights | None, path: Path) -> Mapping[str, A
         raise ValueError(f"file {path} holds {unknown} beside the weights, which no converter understands")
     kind = weights or ("ema" if "ema" in found else "raw")
     if kind not in found:
-        raise ValueError(
-            f"weights={kind!r}, but file {path} has only {sorted(found)} (keys {sorted(content)})"
-        )
+        raise ValueError(f"weights={kind!r}, but file {path} has only {sorted(found)} (keys {sorted(content)})")
     return content[found[kind]]
 
 

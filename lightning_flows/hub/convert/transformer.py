@@ -71,9 +71,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(
-            f"the weights have no {name!r}: not a state dict of this format (keys {sorted(tensors)[:5]})"
-        )
+        raise ValueError(f"the weights have no {name!r}: not a state dict of this format (keys {sorted(tensors)[:5]})")
     shape = tuple(tensors[name].shape)
     if len(shape) != dimensions:
         raise ValueError(f"{name!r} must have {dimensions} dimensions, got shape {shape}")
@@ -90,9 +88,7 @@ def _input_size(tokens: int, patch: int, given: int | Sequence[int] | None) -> t
     if given is not None:
         height, width = (given, given) if isinstance(given, int) else given
         if (height // patch) * (width // patch) != tokens:
-            raise ValueError(
-                f"input_size={given} in patches of {patch} are not the {tokens} tokens of the file"
-            )
+            raise ValueError(f"input_size={given} in patches of {patch} are not the {tokens} tokens of the file")
         return height, width
     side = math.isqrt(tokens)
     if side**2 != tokens:

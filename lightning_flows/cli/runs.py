@@ -1,0 +1,76 @@
+"""A run has one folder: where it lies, what it holds, and where its weights come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path("runs")
+ASSETS = Path(__file__).parent.parent / "_assets"
+WEIGHTS = "model.safetensors"
+
+
+def recipes_of(args: Sequence[str]) -> list[int]:
+    """Places in ``args`` that hold the path of a recipe (the values of ``-c`` and ``--config``)."""
+    places = [i + 1 for i, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]
+    return places
+
+
+def find_recipe(path: str) -> Path:
+    """A recipe by its path, or by the same path among those bundled with the package.
+
+    Raises:
+        ValueError: neither exists.
+    """
+    for candidate in (Path(path), ASSETS / path, Path(__file__).parents[2] / path):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"the recipe {path} does not exist, neither here nor among those of the package")
+
+
+def name_of(recipe: Path | None) -> str:
+    """Name of a run by its recipe: the stem of the file, or the folder's name for a ``recipe.yaml`` beside weights."""
+    if recipe is None:
+        return "unnamed"
+    return recipe.resolve().parent.name if recipe.stem == "recipe" else recipe.stem
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    files = [path for path in (run / "checkpoints").glob("*.ckpt") if path.is_file()]
+    return sorted(files, key=lambda path: path.stat().st_mtime)
+
+
+def newest_last(run: Path) -> Path:
+    """The newest ``last`` checkpoint of a run.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    found = [path for path in checkpoints_of(run) if path.stem.startswith("last")]
+    if not found:
+        raise ValueError(
+            f"--ckpt_path last: {run / 'checkpoints'} holds no last.ckpt. Train first (lightning-flows fit), or name "
+            "another run with --run_name"
+        )
+    return found[-1]
+
+
+def refuse_overwriting(run: Path) -> None:
+    """Stops a fresh fit where a run already is.
+
+    Raises:
+        ValueError: the folder holds checkpoints.
+    """
+    if checkpoints_of(run):
+        raise ValueError(
+            f"{run} already holds a run. Resume it with --ckpt_path last, or give the new one a name with "
+            "--run_name NAME"
+        )
+
+
+def weights_beside(recipe: Path | None) -> Path | None:
+    """Folder of the recipe if weights lie there, else None."""
+    if recipe is None or not (recipe.parent / WEIGHTS).is_file():
+        return None
+    return recipe.parent

@@ -1,0 +1,104 @@
+"""The verbs that are not a trainer's: zoo, export, push, convert."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from lightning_flows.cli import runs
+
+
+def zoo() -> str:
+    """Table of the published models: id, family, data, metric, size, licence."""
+    from lightning_flows.hub import table
+
+    return table()
+
+
+def export(
+    run: str,
+    out: str,
+    licence: str,
+    ckpt_path: str = "last",
+    summary: str = "",
+    command: str | None = None,
+) -> str:
+    """Write a run as a folder of weights that from_pretrained, push and predict read.
+
+    Args:
+        run: folder of the run, or its name under runs/.
+        out: folder to write: model.safetensors (EMA weights), config.json, recipe.yaml, README.md (card), metrics.json.
+        licence: of the weights; it must agree with that of the data.
+        ckpt_path: checkpoint file, or last.
+        summary: what the model is, in a few sentences, for the card.
+        command: shell command that gives the card's figures again.
+    """
+    from lightning_flows.hub.export import export_run
+
+    folder = Path(run) if Path(run).is_dir() else runs.ROOT / run
+    ckpt = runs.newest_last(folder) if ckpt_path == "last" else Path(ckpt_path)
+    return f"wrote {export_run(folder, Path(out), licence=licence, ckpt=ckpt, summary=summary, command=command)}"
+
+
+def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload weights, config, card, recipe and metrics to the Hugging Face Hub in one commit.
+
+    Args:
+        folder: what export or save_pretrained wrote.
+        repo_id: org/name.
+        private: make a new repository private.
+        revision: branch to commit to.
+    """
+    from lightning_flows.hub import push as upload
+
+    return str(upload(folder, repo_id, private=private, revision=revision))
+
+
+def convert(
+    format: str,
+    file: str,
+    out: str,
+    weights: str | None = None,
+    num_heads: int | None = None,
+    input_size: list[int] | None = None,
+    label_dropout: float | None = None,
+) -> str:
+    """Turn an official checkpoint into a folder that from_pretrained reads.
+
+    Args:
+        format: lfm-dit, sit or dit.
+        file: the downloaded .pth, .pt or .safetensors.
+        out: folder to write.
+        weights: ema or raw, where the file holds both.
+        num_heads: attention heads, where the width of the network does not tell.
+        input_size: height and width of a latent, where they differ.
+        label_dropout: of the training; above 0 the last row of the label table means no label.
+    """
+    from lightning_flows.hub.convert import convert as run
+
+    given = {
+        "weights": weights,
+        "num_heads": num_heads,
+        "input_size": tuple(input_size) if input_size else None,
+        "label_dropout": label_dropout,
+    }
+    folder = run(format, file, out, **{name: value for name, value in given.items() if value is not None})
+    return f"wrote {folder}"
+
+
+def _verb(function: Callable[..., str]) -> Callable[[Sequence[str]], Any]:
+    def call(args: Sequence[str]) -> str:
+        text = jsonargparse.auto_cli(
+            function, args=list(args), as_positional=True, prog=f"lightning-flows {function.__name__}"
+        )
+        sys.stdout.write(f"{text}\n")
+        return text
+
+    return call
+
+
+VERBS = {function.__name__: _verb(function) for function in (zoo, export, push, convert)}
