@@ -1,0 +1,79 @@
+"""Every example runs in a process of its own, at a reduced size, and what it prints makes sense."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_flows as lf
+from lightning_flows.data import Digits
+from lightning_flows.flow import SampleNoise, bits_per_dim, dequantize, seeds_from
+from lightning_flows.networks import DiT
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    """Output of an example."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    """The first number after a pattern."""
+    found = re.search(pattern + r" (-?[\d.]+)", text)
+    assert found, text
+    return float(found[1])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Folder of an untrained model of digits: its velocity is exactly 0, so its density is the Gaussian."""
+    torch.manual_seed(0)
+    network = DiT(8, in_channels=1, hidden_size=32, depth=1, num_heads=2, num_classes=10, label_dropout=0.1)
+    return lf.LatentFlowMatching(network=network, steps=4).save_pretrained(tmp_path / "untrained")
+
+
+def test_every_example_is_run_here():
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_finetuning_moves_samples_to_the_new_data_and_saves(model, tmp_path):
+    out = run("finetune.py", str(model), "--steps", "40", "--out", str(tmp_path / "finetuned"))
+    before, after, data = (number(word, out) for word in ("before", "after", "new data"))
+    assert abs(after - data) < 0.7 * abs(before - data)
+    changed = lf.from_pretrained(tmp_path / "finetuned")
+    fresh = lf.from_pretrained(model)
+    assert not torch.equal(changed.sample(n=1, seed=0), fresh.sample(n=1, seed=0))
+
+
+def test_likelihood_of_an_untrained_model_is_that_of_the_gaussian(model):
+    out = run("likelihood.py", str(model), "--n", "3", "--steps", "1")
+    x = next(iter(Digits(batch_size=3).test_dataloader()))["image"]
+    x = dequantize(x, 17, SampleNoise(seeds_from(0, 3))).flatten(1)
+    nats = -0.5 * (x.square().sum(1) + 64 * math.log(2 * math.pi))
+    expected = float(bits_per_dim(nats, 64, 17).mean())
+    values = [float(value) for value in re.findall(r"([\d.]+) bits/dim", out)]
+    assert values == pytest.approx([expected] * 3, abs=2e-4)
+
+
+def test_checkerboard_samples_come_closer_to_the_data_than_noise():
+    out = run("checkerboard.py", "--steps", "200")
+    noise, samples, floor = (number(f"{name}:", out) for name in ("noise", "samples", "other data"))
+    assert floor < samples < 0.7 * noise
+    assert number("calls:", out) == 40
+
+
+def test_own_network_is_refused_without_consent_and_comes_back_with_it():
+    out = run("own_network.py", "--steps", "3")
+    assert "refused: config.network: 'own_network.ConvNet' is not a class of lightning_flows" in out
+    assert "same samples: True" in out
