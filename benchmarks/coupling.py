@@ -71,9 +71,7 @@ def main() -> None:
     ]  # fmt: skip
     common.show(common.table(head, rows))
     failed = [f"{f['dims']} dims: {f['ratio']:.3f} > {BAR}" for f in figures if f["ratio"] > BAR]
-    failed += [
-        f"{f['dims']} dims: pairs cost more" for f in figures if f["cost_ours"] > f["cost_bare"] * 1.00001
-    ]
+    failed += [f"{f['dims']} dims: pairs cost more" for f in figures if f["cost_ours"] > f["cost_bare"] * 1.00001]
     common.finish({"coupling": figures, "bar": BAR}, failed, args.json)
 
 

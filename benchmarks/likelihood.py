@@ -49,9 +49,7 @@ def main() -> None:
             figures.append({"solver": name, "shape": shape_name, "nfe": nfe, "worst_nats": error, "bar": bar})
     rows = [[f["solver"], f["shape"], f["nfe"], f"{f['worst_nats']:.1e}", f"{f['bar']:.0e}"] for f in figures]
     common.show(common.table(["solver", "shape", "calls", "worst error, nats", "bar"], rows))
-    failed = [
-        f"{f['solver']}, {f['shape']}: {f['worst_nats']:.1e}" for f in figures if f["worst_nats"] > f["bar"]
-    ]
+    failed = [f"{f['solver']}, {f['shape']}: {f['worst_nats']:.1e}" for f in figures if f["worst_nats"] > f["bar"]]
     common.finish({"likelihood": figures}, failed, args.json)
 
 

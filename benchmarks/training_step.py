@@ -96,7 +96,8 @@ class Contender:
         marks = Marks()
         trainer = L.Trainer(
             accelerator="cpu", devices=1, max_steps=steps + WARMUP + 1, max_epochs=-1,
-            default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=folder, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
             limit_val_batches=0, num_sanity_val_steps=0, use_distributed_sampler=False,
             callbacks=[*([EMA(decay=0.995)] if self.ema else []), marks],
         )  # fmt: skip
@@ -150,9 +151,7 @@ def main() -> None:
     figures = measure(given.rounds, given.steps)
     head = ("", "bare (ms)", "ours (ms)", "ratio of medians", "median ratio of a round")
     show(table(head, [_row(name, found) for name, found in figures.items()]))
-    failed = [
-        f"{name}: ratio {f['ratio']:.3f} above {BAR}" for name, f in figures.items() if f["ratio"] > BAR
-    ]
+    failed = [f"{name}: ratio {f['ratio']:.3f} above {BAR}" for name, f in figures.items() if f["ratio"] > BAR]
     settings = {"batch": BATCH, "rounds": given.rounds, "steps": given.steps, "threads": 1, "bar": BAR}
     finish({"settings": settings, **figures}, failed, given.json)
 

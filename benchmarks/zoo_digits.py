@@ -68,9 +68,7 @@ def draw(model: Any, labels: Tensor, seed: int, options: dict[str, Any]) -> Draw
     finally:
         hook.remove()
     if calls > MAX_CALLS:
-        raise RuntimeError(
-            f"{calls} network calls for a sample, at most {MAX_CALLS} are allowed: lower --steps"
-        )
+        raise RuntimeError(f"{calls} network calls for a sample, at most {MAX_CALLS} are allowed: lower --steps")
     return Drawn(images.float().cpu(), labels, calls, time.perf_counter() - start)
 
 

@@ -72,9 +72,7 @@ class EMA(Callback):
     def _reset(self) -> None:
         self.updates = 0
         self._weights = AveragedWeights()
-        self._loaded: Mapping[str, Tensor] | None = (
-            None  # the average of a checkpoint, until parameters are ready
-        )
+        self._loaded: Mapping[str, Tensor] | None = None  # the average of a checkpoint, until parameters are ready
         self._seen = 0  # trainer.global_step at the last call
         self._running = False
 
@@ -141,9 +139,7 @@ class EMA(Callback):
             _unpublish(pl_module)
             self._weights.to_cpu()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Put the raw weights back; checkpoint callbacks come after this one and save a complete state."""
         if self._running:
             self._weights.leave()
@@ -174,9 +170,7 @@ class EMA(Callback):
         """Train on with the raw weights."""
         self._swap_out()
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the average to `state_dict`, the raw weights to `current_model_state`."""
         if self._loaded is not None:
             self._bind(pl_module)
@@ -189,9 +183,7 @@ class EMA(Callback):
         checkpoint["state_dict"] = self._weights.averaged_state(pl_module, state)
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.updates)}
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resume a fit from the raw weights and keep the average; other stages want just the average."""
         if trainer.state.fn != TrainerFn.FITTING:
             return

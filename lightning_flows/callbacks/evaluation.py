@@ -47,8 +47,9 @@ class Evaluation(Callback):
         on: `test`, or `validation` for a look during the fit (one sample is drawn per real item there, with
             the averaged weights where there are any).
         every_n_epochs: epochs between looks during a fit.
-        probes: of the Hutchinson divergence, for metrics that consume ``log_prob`` (`metrics.BitsPerDim`): it is unbiased
-            and its noise averages out over the items. 0 is the exact divergence, one backward pass a dimension.
+        probes: of the Hutchinson divergence, for metrics that consume ``log_prob`` (`metrics.BitsPerDim`): it is
+            unbiased and its noise averages out over the items. 0 is the exact divergence, one backward pass a
+            dimension.
 
     Raises:
         ValueError: a count below 1, an unknown stage, two metrics of one name, or outputs that lack a name.

@@ -25,9 +25,7 @@ def to_image(sample: Tensor) -> Image.Image:
         ValueError: another shape.
     """
     if sample.ndim != 3 or sample.shape[0] not in MODES:
-        raise ValueError(
-            f"sample must have shape (C, H, W) with C in {sorted(MODES)}, got {tuple(sample.shape)}."
-        )
+        raise ValueError(f"sample must have shape (C, H, W) with C in {sorted(MODES)}, got {tuple(sample.shape)}.")
     levels = (sample.detach().float().cpu().nan_to_num(nan=-1.0) + 1.0) * 127.5
     pixels = levels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)  # (H, W, C)
     return Image.fromarray((pixels[..., 0] if sample.shape[0] == 1 else pixels).numpy())
@@ -53,9 +51,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
     sheet = Image.new(mode, (columns * cell[0] + GAP, -(-len(images) // columns) * cell[1] + GAP), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        large = image.convert(mode).resize(
-            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-        )
+        large = image.convert(mode).resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         sheet.paste(large, (column * cell[0] + GAP, row * cell[1] + GAP))
     return sheet
 

@@ -39,9 +39,7 @@ def write_sample(sample: Any, stem: Path) -> Path:
 @write_sample.register
 def _(sample: Tensor, stem: Path) -> Path:
     if not torch.isfinite(sample).all():
-        raise ValueError(
-            f"sample {stem.name!r} must be finite, got NaN or infinity in {tuple(sample.shape)}."
-        )
+        raise ValueError(f"sample {stem.name!r} must be finite, got NaN or infinity in {tuple(sample.shape)}.")
     return write_png(to_image(sample), stem.parent / f"{stem.name}.png")
 
 
@@ -101,13 +99,9 @@ class PredictionWriter(BasePredictionWriter):
 
     def _check_id(self, name: str) -> None:
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00.][^/\\\x00]*", name):
-            raise ValueError(
-                f"id must be a file name without slashes that does not start with a dot, got {name!r}."
-            )
+            raise ValueError(f"id must be a file name without slashes that does not start with a dot, got {name!r}.")
         if self.grid and name == "grid":
-            raise ValueError(
-                "id must not be 'grid': grid.png is the contact sheet. Rename it or set grid=False."
-            )
+            raise ValueError("id must not be 'grid': grid.png is the contact sheet. Rename it or set grid=False.")
         if name in self._written:
             raise ValueError(f"id must be unique within a run, got {name!r} twice.")
 
@@ -135,9 +129,7 @@ def _requests(prediction: Any) -> list[tuple[str, Any]]:
         raise ValueError(f"predict_step must return a dict with 'id' and 'sample', got {got}.")
     names, samples = prediction["id"], prediction["sample"]
     if len(names) != len(samples):
-        raise ValueError(
-            f"predict_step must return as many samples as ids, got {len(samples)} and {len(names)}."
-        )
+        raise ValueError(f"predict_step must return as many samples as ids, got {len(samples)} and {len(names)}.")
     return list(zip(names, samples, strict=True))
 
 

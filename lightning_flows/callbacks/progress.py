@@ -16,9 +16,7 @@ Report = Callable[[int, int], None]
 
 
 @contextmanager
-def sampling_progress(
-    total: int, description: str = "sampling", *, console: Console | None = None
-) -> Iterator[Report]:
+def sampling_progress(total: int, description: str = "sampling", *, console: Console | None = None) -> Iterator[Report]:
     """A bar on the terminal while sampling in a script; nothing is shown where the output is no terminal.
 
     Args:
@@ -61,9 +59,7 @@ class SamplingProgress(Callback):
         """Take the line away."""
         self._finish(pl_module)
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Take the line away."""
         self._finish(pl_module)
 
@@ -74,9 +70,7 @@ class SamplingProgress(Callback):
             bar.predict_progress_bar.set_postfix_str(f"{self.description} {step}/{total}")
 
     def _show_line(self, bar: RichProgressBar, progress: Progress, step: int, total: int) -> None:
-        if (
-            self._task is None or self._task[0] is not progress
-        ):  # Lightning begins a new display for each stage
+        if self._task is None or self._task[0] is not progress:  # Lightning begins a new display for each stage
             self._task = (progress, progress.add_task(self.description, total=total))
         progress.update(self._task[1], completed=step, total=total, visible=True)
         bar.refresh()

@@ -125,9 +125,7 @@ class SampleGrid(Callback):
             samples = pl_module.sample(condition, n=self.n, seed=self.seed)
         if not isinstance(samples, Tensor) or samples.ndim != 4:
             got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
-            raise ValueError(
-                f"SampleGrid: {type(pl_module).__name__}.sample must return (B, C, H, W), got {got}."
-            )
+            raise ValueError(f"SampleGrid: {type(pl_module).__name__}.sample must return (B, C, H, W), got {got}.")
         return samples
 
     def _condition(self, device: torch.device) -> Condition | None:
@@ -163,6 +161,4 @@ def _log_picture(logger: Logger, sheet: Image.Image, step: int) -> None:
         logger.log_image(key="samples", images=[sheet], step=step)
     elif hasattr(logger.experiment, "add_image"):
         pixels = torch.frombuffer(bytearray(sheet.convert("RGB").tobytes()), dtype=torch.uint8)
-        logger.experiment.add_image(
-            "samples", pixels.view(sheet.height, sheet.width, 3), step, dataformats="HWC"
-        )
+        logger.experiment.add_image("samples", pixels.view(sheet.height, sheet.width, 3), step, dataformats="HWC")

@@ -100,9 +100,7 @@ class Throughput(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._start += time.perf_counter() - self._paused_at
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave no counter behind."""
         self._stop_counting()
 
@@ -149,6 +147,4 @@ def batch_size(batch: Any) -> int:
     for part in parts:
         if isinstance(part, Tensor) and part.ndim > 0:
             return len(part)
-    raise ValueError(
-        f"batch must be a tensor, or a mapping or sequence with one, got {type(batch).__name__}."
-    )
+    raise ValueError(f"batch must be a tensor, or a mapping or sequence with one, got {type(batch).__name__}.")

@@ -2,8 +2,7 @@ r"""The image autoencoders of latent diffusion, frozen, through diffusers.
 
 With the encoder's Gaussian posterior of mean and standard deviation :math:`\mu(x), s(x)`,
 
-.. math:: z = (\mu + s\,\epsilon - \text{shift}) \cdot \text{scale}, \qquad \hat x = D(z / \text{scale} +
-\text{shift}).
+.. math:: z = (\mu + s\,\epsilon - \text{shift}) \cdot \text{scale}, \qquad \hat x = D(z / \text{scale} + \text{shift}).
 
 Reference: High-Resolution Image Synthesis with Latent Diffusion Models (Rombach, Blattmann, Lorenz, Esser,
 Ommer, 2022).

@@ -27,7 +27,7 @@ class Codec(Recorded, ABC):
             noise: randomness of a codec that encodes to a distribution.
 
         Returns:
-            z, float32, (B, *latent_shape).
+            z, float32, ``(B, *latent_shape)``.
         """
 
     @abstractmethod

@@ -57,9 +57,7 @@ class Arrays(FlowDataModule):
         if layout not in get_args(Layout):
             raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
         if value_range is not None and not value_range[0] < value_range[1]:
-            raise ValueError(
-                f"value_range must be (lowest, highest) with lowest < highest, got {value_range}"
-            )
+            raise ValueError(f"value_range must be (lowest, highest) with lowest < highest, got {value_range}")
         self.root, self.layout, self.value_range = Path(root), layout, value_range
         self.image_key, self.label_key, self._classes = image_key, label_key, classes
         self._largest = -1  # largest label of the training items, once they are read
@@ -72,9 +70,7 @@ class Arrays(FlowDataModule):
         parts = [self._load(path) for path in files]
         labelled = [labels for _, labels in parts if labels is not None]
         if 0 < len(labelled) < len(parts):
-            raise ValueError(
-                f"label_key={self.label_key!r} is in some of the files of {split!r} only: {files}"
-            )
+            raise ValueError(f"label_key={self.label_key!r} is in some of the files of {split!r} only: {files}")
         images = torch.cat([images for images, _ in parts])
         self._check_channels(images, files[0])
         labels = np.concatenate(labelled).tolist() if labelled else None
@@ -130,16 +126,12 @@ class Arrays(FlowDataModule):
     def _scale(self, images: Tensor, path: Path) -> Tensor:
         """Float images from ``value_range`` to [-1, 1]."""
         if self.value_range is None:
-            raise ValueError(
-                f"value_range is needed for the float images of {path}, for example [0, 1] or [-1, 1]"
-            )
+            raise ValueError(f"value_range is needed for the float images of {path}, for example [0, 1] or [-1, 1]")
         low, high = self.value_range
         found = (images.min().item(), images.max().item())
         slack = 1e-4 * (high - low)
         if not (low - slack <= found[0] and found[1] <= high + slack):  # also false for NaN
-            raise ValueError(
-                f"value_range={list(self.value_range)} does not hold the values {found} of {path}"
-            )
+            raise ValueError(f"value_range={list(self.value_range)} does not hold the values {found} of {path}")
         return ((images - low) * (2 / (high - low)) - 1).clamp(-1, 1)
 
     def _check_channels(self, images: Tensor, path: Path) -> None:

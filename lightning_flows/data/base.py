@@ -106,9 +106,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         ValueError: names the argument that is out of range.
     """
 
-    levels: int | None = (
-        256  # number of grey levels of the stored pixels, for dequantisation; None: continuous
-    )
+    levels: int | None = 256  # number of grey levels of the stored pixels, for dequantisation; None: continuous
 
     def __init__(
         self,
@@ -186,9 +184,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         if split not in self._datasets:
             items = self._items(split)
             seed = self.seed if split == "train" else None
-            self._datasets[split] = (
-                None if items is None else KeyedItems(items, self.transforms[split], seed=seed)
-            )
+            self._datasets[split] = None if items is None else KeyedItems(items, self.transforms[split], seed=seed)
         found = self._datasets[split]
         if found is None:
             ways = {"val": ": give val_fraction=...", "test": ": give test_fraction=..., or test_split='val'"}
@@ -216,9 +212,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
             return own
         whole = self._read("train")
         if whole is None:
-            raise ValueError(
-                f"{split}_fraction={self.fractions[split]} needs a train split to take the items from"
-            )
+            raise ValueError(f"{split}_fraction={self.fractions[split]} needs a train split to take the items from")
         return Subset(whole, self._places(split, len(whole)))  # type: ignore[arg-type]
 
     def _places(self, split: str, length: int) -> list[int]:
@@ -253,9 +247,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
                 f"{len(items)} training items: there is no full batch (lower batch_size, or drop_last=False)"
             )
         collate = Collate(self.coupling, self.seed)
-        return KeyedLoader(
-            items, sampler=sampler, collate_fn=collate, drop_last=self.drop_last, **self._options()
-        )
+        return KeyedLoader(items, sampler=sampler, collate_fn=collate, drop_last=self.drop_last, **self._options())
 
     def val_dataloader(self) -> DataLoader | list:
         """Validation items in order; an empty list, which Lightning skips, where there is no such split."""
@@ -279,9 +271,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
             "num_workers": self.num_workers,
             "pin_memory": self.pin_memory,
             "persistent_workers": self.persistent_workers,
-            "generator": generator_of(
-                self.seed, "workers"
-            ),  # else each iteration draws from the global stream
+            "generator": generator_of(self.seed, "workers"),  # else each iteration draws from the global stream
         }
 
     def _replica(self) -> dict[str, int]:

@@ -46,9 +46,7 @@ class Digits(FlowDataModule):
     def __init__(self, *, val_fraction: float = 0.1, test_fraction: float = 0.1, **kwargs: Any) -> None:
         super().__init__(val_fraction=val_fraction, test_fraction=test_fraction, **kwargs)
         if self.channels not in (None, 1):
-            raise ValueError(
-                f"channels of Digits must be 1 or None (the digits are grey), got {self.channels}"
-            )
+            raise ValueError(f"channels of Digits must be 1 or None (the digits are grey), got {self.channels}")
 
     def read(self, split: str) -> Dataset | None:
         """See `FlowDataModule.read`."""

@@ -85,9 +85,7 @@ class PictureFolder(FlowDataModule):
 
     def empty(self, folder: Path) -> FileNotFoundError:
         """The error for a folder without anything to read."""
-        return FileNotFoundError(
-            f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); expected\n{self.expected()}"
-        )
+        return FileNotFoundError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); expected\n{self.expected()}")
 
 
 class ImageFolder(PictureFolder):
@@ -140,8 +138,7 @@ class ImageFolder(PictureFolder):
         folders = [p for p in self.root.iterdir() if p.is_dir() and p not in map(self.folder, SPLITS)]
         if others := sorted(p.name for p in folders if not p.name.startswith(".") and pictures(p)):
             raise ValueError(
-                f"root {self.root} holds folders of splits and others with images {others}; "
-                f"expected\n{self.expected()}"
+                f"root {self.root} holds folders of splits and others with images {others}; expected\n{self.expected()}"
             )
 
     def _label(self, path: Path, folder: Path) -> dict[str, int]:
@@ -149,13 +146,9 @@ class ImageFolder(PictureFolder):
             return {}
         (name, *rest) = path.relative_to(folder).parts
         if not rest:
-            raise ValueError(
-                f"image {path} lies beside class folders, in none of them; expected\n{self.expected()}"
-            )
+            raise ValueError(f"image {path} lies beside class folders, in none of them; expected\n{self.expected()}")
         if name not in self._places_of_classes:
-            raise ValueError(
-                f"class folder {folder / name} is not one of training's {list(self._places_of_classes)}"
-            )
+            raise ValueError(f"class folder {folder / name} is not one of training's {list(self._places_of_classes)}")
         return {"label": self._places_of_classes[name]}
 
     @cached_property
@@ -178,12 +171,10 @@ class CaptionFolder(PictureFolder):
     """
 
     layout = """\
-    {root}/[train/]metadata.jsonl     ({{"file_name": "0001.png", "text": "a red shoe"}}, one line for each
-    image) {root}/[train/]0001.png"""
+    {root}/[train/]metadata.jsonl     ({{"file_name": "0001.png", "text": "a red shoe"}}, a line an image)
+    {root}/[train/]0001.png"""
 
-    def __init__(
-        self, root: str, *, caption_key: str | None = None, channels: int | None = 3, **kwargs: Any
-    ) -> None:
+    def __init__(self, root: str, *, caption_key: str | None = None, channels: int | None = 3, **kwargs: Any) -> None:
         super().__init__(root, channels=channels, **kwargs)
         self.caption_key = caption_key
 
@@ -201,9 +192,7 @@ class CaptionFolder(PictureFolder):
             raise self.empty(table)
         files = [folder / name for name, _ in rows]
         if missing := [path for path in files if not path.is_file()]:
-            raise FileNotFoundError(
-                f"image {missing[0]} is in {table} but does not exist ({len(missing)} such)"
-            )
+            raise FileNotFoundError(f"image {missing[0]} is in {table} but does not exist ({len(missing)} such)")
         fields = [{"caption": caption} for _, caption in rows]
         return FileItems(files, fields, channels=self.channels, background=self.background)
 
@@ -215,7 +204,5 @@ class CaptionFolder(PictureFolder):
         keys = [self.caption_key] if self.caption_key else ["text", "caption"]
         key = next((key for key in keys if key in row), None)
         if "file_name" not in row or key is None:
-            raise ValueError(
-                f"{where} must have 'file_name' and {' or '.join(map(repr, keys))}, has {sorted(row)}"
-            )
+            raise ValueError(f"{where} must have 'file_name' and {' or '.join(map(repr, keys))}, has {sorted(row)}")
         return row["file_name"], str(row[key])

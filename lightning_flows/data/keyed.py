@@ -101,9 +101,7 @@ class KeyedSampler(_RankSampler):
         """Positions of this rank's items in one epoch, int64, shape (len(self),)."""
         permutation = torch.randperm(self.length, generator=generator_of(self.seed, "order", epoch))
         places = torch.arange(len(self)) * self.world_size + self.rank
-        return permutation[
-            places % self.length
-        ]  # the remainder only matters where drop_last=False wraps around
+        return permutation[places % self.length]  # the remainder only matters where drop_last=False wraps around
 
     def __iter__(self) -> Iterator[int]:
         """Integers ``epoch * length + index``, from item ``start`` of this rank on."""
@@ -229,9 +227,7 @@ class KeyedLoader(DataLoader):
     """
 
     _position: tuple[int, int] = (0, 0)  # epoch, batches handed out in it
-    _announced: int | None = (
-        None  # the number that set_epoch gave this epoch; None before the first iteration
-    )
+    _announced: int | None = None  # the number that set_epoch gave this epoch; None before the first iteration
     _resuming: bool = False
 
     def __iter__(self) -> Iterator[Any]:

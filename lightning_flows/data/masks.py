@@ -58,14 +58,10 @@ class MaskFolder(PictureFolder):
         images = pictures(folder / "images")
         if not images:
             raise self.empty(folder / "images")
-        masks = {
-            path.relative_to(folder / "masks").with_suffix(""): path for path in pictures(folder / "masks")
-        }
+        masks = {path.relative_to(folder / "masks").with_suffix(""): path for path in pictures(folder / "masks")}
         names = [path.relative_to(folder / "images").with_suffix("") for path in images]
         if missing := [name for name in names if name not in masks]:
-            raise FileNotFoundError(
-                f"{folder / 'masks' / missing[0]}.* does not exist ({len(missing)} images without)"
-            )
+            raise FileNotFoundError(f"{folder / 'masks' / missing[0]}.* does not exist ({len(missing)} images without)")
         files = FileItems(images, [{}] * len(images), channels=self.channels, background=self.background)
         return MaskItems(files, [masks[name] for name in names], self._table(), self.num_classes)
 
@@ -103,25 +99,17 @@ class MaskFolder(PictureFolder):
         found = content.get(key) if isinstance(content, dict) else None
         if not isinstance(found, list):
             names = sorted(content) if isinstance(content, dict) else "one list of names"
-            raise ValueError(
-                f"{argument}={key!r} is not a list in {self.root / 'classes.json'}, which has {names}"
-            )
+            raise ValueError(f"{argument}={key!r} is not a list in {self.root / 'classes.json'}, which has {names}")
         return found
 
     def _table(self) -> Tensor | None:
-        return (
-            torch.tensor(self._entry(self._content(), self.remap_key, "remap_key"))
-            if self.remap_key
-            else None
-        )
+        return torch.tensor(self._entry(self._content(), self.remap_key, "remap_key")) if self.remap_key else None
 
 
 class MaskItems(Dataset):
     """Images and their masks, checked when they are read."""
 
-    def __init__(
-        self, images: FileItems, masks: Sequence[Path], table: Tensor | None, num_classes: int | None
-    ) -> None:
+    def __init__(self, images: FileItems, masks: Sequence[Path], table: Tensor | None, num_classes: int | None) -> None:
         self.images, self.masks, self.table, self.num_classes = images, list(masks), table, num_classes
 
     def __len__(self) -> int:
@@ -147,7 +135,5 @@ class MaskItems(Dataset):
     @staticmethod
     def _in_range(mask: Tensor, count: int, path: Path) -> Tensor:
         if mask.max() >= count:
-            raise ValueError(
-                f"mask {path} holds class id {mask.max()}, but there are {count} classes (0..{count - 1})"
-            )
+            raise ValueError(f"mask {path} holds class id {mask.max()}, but there are {count} classes (0..{count - 1})")
         return mask

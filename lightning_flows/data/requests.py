@@ -24,9 +24,7 @@ CONDITION_KEYS = ("label", "caption", "mask")
 class RequestList(Dataset):
     """Requests i = 0..n-1 from lists of condition fields, each repeated cyclically."""
 
-    def __init__(
-        self, n: int, seeds: Sequence[int], fields: dict[str, Sequence[Any]], size: Size | None
-    ) -> None:
+    def __init__(self, n: int, seeds: Sequence[int], fields: dict[str, Sequence[Any]], size: Size | None) -> None:
         self.n, self.seeds, self.fields, self.size = n, list(seeds), fields, height_width(size)
 
     def __len__(self) -> int:
@@ -144,9 +142,7 @@ def _count(
     if empty := [name for name, length in lengths.items() if length == 0]:
         raise ValueError(f"{empty[0]} is an empty list: there is nothing to sample")
     if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"the lists must have one length, entry i of each belonging to request i, got {lengths}"
-        )
+        raise ValueError(f"the lists must have one length, entry i of each belonging to request i, got {lengths}")
     count = n if n is not None else max(lengths.values(), default=len(seeds or []))
     if count < 1:
         raise ValueError(

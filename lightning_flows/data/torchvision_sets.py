@@ -47,9 +47,7 @@ class _TorchvisionSet(FlowDataModule):
     def __init__(self, root: str, *, download: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.channels not in (None, self.native[0]):
-            raise ValueError(
-                f"channels of {type(self).__name__} must be {self.native[0]} or None, got {self.channels}"
-            )
+            raise ValueError(f"channels of {type(self).__name__} must be {self.native[0]} or None, got {self.channels}")
         self.root, self.download = root, download
 
     def prepare_data(self) -> None:

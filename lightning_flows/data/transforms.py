@@ -96,9 +96,7 @@ def read_mask(path: str | Path) -> Tensor:
     """
     ids = np.asarray(read_picture(path))
     if ids.ndim != 2:
-        raise ValueError(
-            f"mask {path} must have one channel (grey or palette) with class ids, got shape {ids.shape}"
-        )
+        raise ValueError(f"mask {path} must have one channel (grey or palette) with class ids, got shape {ids.shape}")
     return torch.from_numpy(ids.astype(np.int64))
 
 

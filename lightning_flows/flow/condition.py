@@ -57,9 +57,7 @@ class Condition:
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the streams of a condition must have one batch size, got {sizes}")
         if unknown := set(self.present) - set(self.streams):
-            raise ValueError(
-                f"present names {sorted(unknown)}, but the condition has only {list(self.streams)}"
-            )
+            raise ValueError(f"present names {sorted(unknown)}, but the condition has only {list(self.streams)}")
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -125,9 +123,7 @@ class Condition:
         (streams,) = names
         values = {name: _join([getattr(c, name) for c in conditions]) for name in streams}
         marked = {name for c in conditions for name in c.present}
-        return Condition(
-            **values, present={name: torch.cat([c.presence(name) for c in conditions]) for name in marked}
-        )
+        return Condition(**values, present={name: torch.cat([c.presence(name) for c in conditions]) for name in marked})
 
 
 def _values(condition: Condition, name: str) -> Tensor:

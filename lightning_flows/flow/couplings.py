@@ -90,9 +90,7 @@ class OptimalTransport(Coupling):
     ) -> tuple[Tensor, Tensor, Condition | None]:
         """See `Coupling`; x0 comes back with its rows permuted."""
         if x0.shape != x1.shape or x0.ndim == 0:
-            raise ValueError(
-                f"x0 and x1 must have one shape (B, ...), got {tuple(x0.shape)} and {tuple(x1.shape)}"
-            )
+            raise ValueError(f"x0 and x1 must have one shape (B, ...), got {tuple(x0.shape)} and {tuple(x1.shape)}")
         conditional = condition is not None and bool(condition.streams)
         if conditional and self.condition_weight == 0:
             self._warn_once()
@@ -135,9 +133,7 @@ def _condition_distances(condition: Condition) -> Tensor:
             flat = values.flatten(1).float() * condition.presence(stream)[:, None]
             terms.append(torch.cdist(flat, flat).square())
     if not terms:
-        raise ValueError(
-            f"condition_weight > 0 needs a label, vector or spatial stream, got {condition.streams}"
-        )
+        raise ValueError(f"condition_weight > 0 needs a label, vector or spatial stream, got {condition.streams}")
     return torch.stack(terms).sum(0)
 
 

@@ -105,11 +105,7 @@ class Hutchinson(Divergence):
         if noise is None:
             raise ValueError("noise is needed: the Hutchinson divergence draws probes")
         draws = [noise.normal(f"probe/{k}", x) for k in range(self.probes)]
-        return (
-            draws
-            if self.law == "gaussian"
-            else [torch.where(draw < 0, -1.0, 1.0).to(x.dtype) for draw in draws]
-        )
+        return draws if self.law == "gaussian" else [torch.where(draw < 0, -1.0, 1.0).to(x.dtype) for draw in draws]
 
     def __call__(self, v: Tensor, x: Tensor, prepared: list[Tensor]) -> Tensor:
         """See `Divergence.__call__`."""
@@ -167,9 +163,7 @@ def log_prob(
     if getattr(field, "guidance", None) is not None:
         raise ValueError("guidance must be off for a likelihood: a guided field has no normalised density")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "a likelihood needs gradients: use torch.no_grad, or Trainer(inference_mode=False)"
-        )
+        raise RuntimeError("a likelihood needs gradients: use torch.no_grad, or Trainer(inference_mode=False)")
     x1 = x1.to(torch.promote_types(x1.dtype, torch.float32))
     augmented = _augment(field, x1, divergence, divergence.prepare(x1, noise))
     start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1)], dim=1)  # (B, D + 1)
@@ -219,9 +213,7 @@ def dequantize(x: Tensor, levels: int, noise: Noise) -> Tensor:
     if x.numel() and (x.min() < -1 or x.max() > 1):
         raise ValueError(f"x must lie in [-1, 1], got [{float(x.min()):.3g}, {float(x.max()):.3g}]")
     level = ((x + 1) * ((levels - 1) / 2)).round()
-    spread = noise.draw(
-        "dequantize", x.shape, lambda shape, generator: torch.rand(shape, generator=generator)
-    )
+    spread = noise.draw("dequantize", x.shape, lambda shape, generator: torch.rand(shape, generator=generator))
     return (level + spread.to(x)) * (2 / levels) - 1
 
 

@@ -121,6 +121,4 @@ class StepNoise(Noise):
         if like.device.type not in ("cuda", "xpu"):
             return super().normal(purpose, like)
         stream = torch.Generator(like.device).manual_seed(key(self.seed, self.step, self.rank, purpose))
-        return torch.randn(like.shape, generator=stream, device=like.device, dtype=torch.float32).to(
-            like.dtype
-        )
+        return torch.randn(like.shape, generator=stream, device=like.device, dtype=torch.float32).to(like.dtype)

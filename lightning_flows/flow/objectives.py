@@ -101,9 +101,7 @@ class FlowMatching(Objective):
         if self.weighting not in ("uniform", "velocity", "likelihood"):
             raise ValueError(f"weighting must be uniform, velocity or likelihood, got {self.weighting!r}")
         if self.weighting != "uniform" and self.prediction not in ("noise", "score"):
-            raise ValueError(
-                f"weighting {self.weighting!r} is for noise and score prediction, not {self.prediction!r}"
-            )
+            raise ValueError(f"weighting {self.weighting!r} is for noise and score prediction, not {self.prediction!r}")
         if self.prediction == "score" and not self.source.gaussian:
             raise ValueError("prediction 'score' needs a Gaussian source")
 

@@ -125,9 +125,7 @@ class Path(ABC):
             return (x_t - self.alpha(s) * value) / _away_from_zero(self.sigma(s), floor)
         return (self.alpha(s) * value - self.d_alpha(s) * x_t) / self.determinant(s)
 
-    def _data(
-        self, value: Tensor, noise: Tensor, x_t: Tensor, s: Tensor, given: Quantity, floor: float
-    ) -> Tensor:
+    def _data(self, value: Tensor, noise: Tensor, x_t: Tensor, s: Tensor, given: Quantity, floor: float) -> Tensor:
         if given == "velocity":
             return (self.d_sigma(s) * x_t - self.sigma(s) * value) / self.determinant(s)
         return (x_t - self.sigma(s) * noise) / _away_from_zero(self.alpha(s), floor)

@@ -75,9 +75,7 @@ def time_grid(
     grid = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).to(dtype)
     grid[0], grid[-1] = 0, 1
     if not bool((grid.diff() > 0).all()):
-        raise ValueError(
-            f"dtype {dtype} cannot resolve a grid of steps={steps} with shift={shift}; use float64"
-        )
+        raise ValueError(f"dtype {dtype} cannot resolve a grid of steps={steps} with shift={shift}; use float64")
     return grid.to(device)
 
 
@@ -217,9 +215,7 @@ class LogitNormal(TimeSampler):
 
     def _density(self, t: Tensor) -> Tensor:
         z = (torch.logit(t) - self.mean) / self.std  # infinite at the ends, where the density is 0
-        log_density = (
-            -0.5 * z**2 - torch.log(t) - torch.log1p(-t) - math.log(self.std * math.sqrt(2 * math.pi))
-        )
+        log_density = -0.5 * z**2 - torch.log(t) - torch.log1p(-t) - math.log(self.std * math.sqrt(2 * math.pi))
         return torch.where(z.isfinite(), log_density.exp(), 0.0)
 
 

@@ -124,9 +124,7 @@ class Inception(Extractor):
         self.layer, self.weights = layer, weights
         digest = _INCEPTION_DIGEST if weights is None else _digest(Path(weights))
         known = digest.startswith(_INCEPTION_DIGEST)
-        self.name = ("inception" if known else f"inception-{digest[:8]}") + (
-            "" if layer == "2048" else f":{layer}"
-        )
+        self.name = ("inception" if known else f"inception-{digest[:8]}") + ("" if layer == "2048" else f":{layer}")
         self.standard_for = _STANDARD_FOR.get(layer, ()) if known else ()
         self.network: nn.Module | None = None
 

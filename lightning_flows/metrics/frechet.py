@@ -127,9 +127,7 @@ class Frechet(FeatureMetric):
         """Squared Frechet distance, a float64 scalar."""
         real, sample = self.statistics(real=True), self.statistics(real=False)
         if real.mean.shape != sample.mean.shape:
-            raise ValueError(
-                f"{self.name}: real items have {len(real.mean)} features, samples have {len(sample.mean)}"
-            )
+            raise ValueError(f"{self.name}: real items have {len(real.mean)} features, samples have {len(sample.mean)}")
         mean, covariance = (x.to(sample.mean.device) for x in (real.mean, real.covariance))
         return frechet_distance(mean, covariance, sample.mean, sample.covariance)
 

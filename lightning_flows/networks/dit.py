@@ -114,9 +114,7 @@ class DiT(Recorded, nn.Module):
             else LabelEmbedding(num_classes, hidden_size, dropout=label_dropout, absent=absent_label)
         )
         mlp_size = round(hidden_size * mlp_ratio)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_size, qk_norm=qk_norm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_size, qk_norm=qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels * self.heads)
         self.reset_parameters()
 

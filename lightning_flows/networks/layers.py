@@ -171,9 +171,7 @@ class TimestepEmbedder(nn.Module):
         if frequency_size < 2 or frequency_size % 2:
             raise ValueError(f"frequency_size must be even and positive, got {frequency_size}")
         self.frequency_size, self.max_period, self.time_scale = frequency_size, max_period, time_scale
-        self.mlp = nn.Sequential(
-            nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def sinusoid(self, t: Tensor) -> Tensor:
         """The sinusoid of ``t`` (B,), float32, shape (B, frequency_size)."""

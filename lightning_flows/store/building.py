@@ -78,9 +78,7 @@ def _place(config: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
         return places[fitting[0]]
     if fitting:
         raise ValueError(f"override {name!r} fits several arguments: say which of {fitting}.")
-    raise ValueError(
-        f"override {name!r} is no argument of {config.get('class_path')}; known are {sorted(places)}."
-    )
+    raise ValueError(f"override {name!r} is no argument of {config.get('class_path')}; known are {sorted(places)}.")
 
 
 def _make(value: Any, annotation: Any, trust: bool) -> Any:
@@ -107,6 +105,4 @@ def _instantiate(entry: dict[str, Any], annotation: Any, trust: bool) -> Any:
     try:
         return cls(**init_args)
     except TypeError as error:
-        raise ValueError(
-            f"{path} cannot be built from the arguments {sorted(init_args)}: {error}."
-        ) from error
+        raise ValueError(f"{path} cannot be built from the arguments {sorted(init_args)}: {error}.") from error

@@ -144,9 +144,7 @@ def _recorded(cls: type, bound: inspect.BoundArguments) -> dict[str, JSON]:
         elif parameter.kind is not parameter.VAR_POSITIONAL:
             arguments[parameter.name] = value
         elif value:
-            raise ValueError(
-                f"argument '*{parameter.name}' of {cls.__name__} cannot be recorded: name the arguments."
-            )
+            raise ValueError(f"argument '*{parameter.name}' of {cls.__name__} cannot be recorded: name the arguments.")
     return {name: config_of(value, name) for name, value in arguments.items()}
 
 
@@ -178,11 +176,7 @@ def _is_default(value: JSON, key: str, defaults: Mapping[str, Any]) -> bool:
 
 
 def _ours(cls: type) -> bool:
-    return (
-        issubclass(cls, Recorded)
-        or dataclasses.is_dataclass(cls)
-        or cls.__module__.split(".")[0] == safety.PACKAGE
-    )
+    return issubclass(cls, Recorded) or dataclasses.is_dataclass(cls) or cls.__module__.split(".")[0] == safety.PACKAGE
 
 
 def _dict_entry(entry: Mapping[str, Any], name: str) -> dict[str, JSON]:

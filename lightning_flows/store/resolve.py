@@ -95,14 +95,10 @@ def _zoo_entry(ref: str, name: str, revision: str | None, looked: list[str]) -> 
         looked.append(f"zoo {place}")
     pin = PINNED.get(name)
     if pin is None:
-        raise _nothing(
-            ref, [*looked, f"the pinned entries of the Hub ({', '.join(sorted(PINNED)) or 'none'})"]
-        )
+        raise _nothing(ref, [*looked, f"the pinned entries of the Hub ({', '.join(sorted(PINNED)) or 'none'})"])
     folder = _download(ref, f"{ORGANISATION}/{name}", pin.revision, looked)
     if (found := sha256(folder / WEIGHTS)) != pin.sha256:
-        raise ValueError(
-            f"{ref!r}: {folder / WEIGHTS} has SHA-256 {found} instead of the pinned {pin.sha256}."
-        )
+        raise ValueError(f"{ref!r}: {folder / WEIGHTS} has SHA-256 {found} instead of the pinned {pin.sha256}.")
     return folder
 
 

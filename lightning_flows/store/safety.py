@@ -106,9 +106,7 @@ def check(config: Any, base: type | None = None, *, trust_remote_code: bool = Fa
         ValueError: names the place, the class path and what is allowed.
     """
     if not is_entry(config):
-        raise ValueError(
-            f"config: expected an object with 'class_path' and 'init_args', got {brief(config)}."
-        )
+        raise ValueError(f"config: expected an object with 'class_path' and 'init_args', got {brief(config)}.")
     for where, entry in entries(config):
         _check_shape(entry, where)
         if not trust_remote_code:

@@ -21,9 +21,7 @@ _PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip archive, in old v
 _POINTER = b"version https://git-lfs"
 
 
-def save_tensors(
-    file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors of any shape to a safetensors file, whole or not at all.
 
     Args:
@@ -36,9 +34,16 @@ def save_tensors(
     header = {"format": "pt", **(metadata or {})}
     try:
         safetensors.torch.save_file(_separate(tensors), temporary, metadata=header)
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def temporary_name(target: Path) -> Path:
@@ -123,9 +128,7 @@ def _matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
     if isinstance(patterns, str):
         raise ValueError(f"reinit={patterns!r} is a string; give a list of tensor names or patterns.")
     names = set(names)
-    hits = {
-        pattern: {n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)} for pattern in patterns
-    }
+    hits = {pattern: {n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)} for pattern in patterns}
     if idle := [pattern for pattern, found in hits.items() if not found]:
         raise ValueError(f"reinit={idle} names no tensor; tensors are called like {sorted(names)[:8]}.")
     return set().union(*hits.values())
@@ -142,9 +145,6 @@ def _problems(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fre
             continue
         if given.shape != wanted.shape:
             problems.append(f"{name} has shape {tuple(given.shape)} instead of {tuple(wanted.shape)}")
-        elif (
-            given.is_floating_point() != wanted.is_floating_point()
-            or given.is_complex() != wanted.is_complex()
-        ):
+        elif given.is_floating_point() != wanted.is_floating_point() or given.is_complex() != wanted.is_complex():
             problems.append(f"{name} has dtype {given.dtype} instead of {wanted.dtype}")
     return problems

@@ -54,9 +54,7 @@ def test_average_follows_the_recursion(tmp_path, warmup):
 @pytest.mark.parametrize(("every", "start"), [(1, 0), (3, 0), (2, 5)])
 def test_constant_decay_equals_lightning(tmp_path, every, start):
     ours, theirs = Toy(), Toy()
-    trainer(tmp_path, EMA(0.8, warmup=False, update_every=every, start_step=start), max_steps=14).fit(
-        ours, data()
-    )
+    trainer(tmp_path, EMA(0.8, warmup=False, update_every=every, start_step=start), max_steps=14).fit(ours, data())
     lightnings = EMAWeightAveraging(
         decay=0.8, use_buffers=False, update_every_n_steps=every, update_starting_at_step=start or None
     )
@@ -138,9 +136,7 @@ def test_parameters_unfrozen_later_join_with_their_own_value(tmp_path):
     frozen = copy.deepcopy(dict(model.frozen.state_dict()))
     trainer(tmp_path, Unfreeze(), ema, max_epochs=3).fit(model, data(), data(2))
     assert len(ema._weights.params) == 4
-    torch.testing.assert_close(
-        dict(model.frozen.state_dict()), frozen
-    )  # no gradient step: it is not in the optimizer
+    torch.testing.assert_close(dict(model.frozen.state_dict()), frozen)  # no gradient step: it is not in the optimizer
 
 
 @pytest.mark.parametrize("kind", [Toy, Late, Tied])
@@ -148,9 +144,7 @@ def test_parameters_unfrozen_later_join_with_their_own_value(tmp_path):
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, kind, options):
     def run(folder, steps, ckpt=None):
         ema, model = EMA(0.9, update_every=2), kind()
-        save = ModelCheckpoint(
-            dirpath=tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"
-        )
+        save = ModelCheckpoint(dirpath=tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         fit = trainer(tmp_path, ema, save, max_steps=steps, num_sanity_val_steps=1, **options)
         fit.fit(model, data(), data(2), ckpt_path=ckpt)
         return model, ema

@@ -125,9 +125,7 @@ def test_weights_load_at_first_use_only(folder, monkeypatch, x):
 
     calls = []
     load = diffusers.AutoencoderKL.from_pretrained
-    monkeypatch.setattr(
-        diffusers.AutoencoderKL, "from_pretrained", lambda *a, **k: calls.append(k) or load(*a, **k)
-    )
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", lambda *a, **k: calls.append(k) or load(*a, **k))
     codec = AutoencoderKL(str(folder), subfolder="inner")
     assert codec.scale == 0.5
     assert calls == []

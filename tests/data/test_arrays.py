@@ -93,9 +93,7 @@ def test_torchvision_greys(tmp_path, data):
     raw = tmp_path / data.__name__ / "raw"
     raw.mkdir(parents=True)
     for prefix, n in (("train", 4), ("t10k", 2)):
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-            idx(RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8))
-        )
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx(RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8)))
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8)))
     items = data(str(tmp_path), batch_size=4)
     assert (items.shape, items.num_classes) == ((1, 28, 28), 10)

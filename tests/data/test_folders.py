@@ -112,9 +112,7 @@ def captions(folder, rows):
 def test_captions_follow_their_images(tmp_path, key):
     for split in ("train", "validation"):
         captions(tmp_path / split, [{"file_name": f"{i}.png", key: f"picture {i}"} for i in range(4)])
-    data = CaptionFolder(
-        str(tmp_path), caption_key=key if key == "headline" else None, channels=4, batch_size=4
-    )
+    data = CaptionFolder(str(tmp_path), caption_key=key if key == "headline" else None, channels=4, batch_size=4)
     batch = next(iter(data.train_dataloader()))
     assert batch["caption"] == [f"picture {i}" for i in batch["index"].tolist()]
     assert batch["image"].shape == (4, 4, 8, 8)

@@ -92,9 +92,7 @@ def test_sampler_refuses_what_it_cannot_split(kwargs):
 
 
 def test_augmentation_is_the_same_for_any_number_of_workers():
-    batches = [
-        list(Ramps(size=4, crop="random", flip=True, num_workers=n).train_dataloader()) for n in (0, 2)
-    ]
+    batches = [list(Ramps(size=4, crop="random", flip=True, num_workers=n).train_dataloader()) for n in (0, 2)]
     same(*batches)
     assert len({tuple(b["image"].flatten().tolist()) for b in batches[0]}) == len(batches[0])
 
@@ -189,9 +187,7 @@ def test_epochs_that_the_trainer_counts_without_a_batch_change_nothing():
 
 def test_resuming_with_another_batch_size_keeps_the_place_in_the_order():
     small = Ramps(batch_size=2).train_dataloader()
-    small.load_state_dict(
-        {"epoch": 1, "trainer_epoch": 1, "batches": 3, "global_batch": 4, "length": 20, "seed": 0}
-    )
+    small.load_state_dict({"epoch": 1, "trainer_epoch": 1, "batches": 3, "global_batch": 4, "length": 20, "seed": 0})
     numbers = torch.cat([b["index"] for b in small])
     assert numbers.tolist() == KeyedSampler(20).order(1)[12:].tolist()
 
@@ -255,9 +251,7 @@ def test_fractions_divide_the_items_without_overlap_whatever_the_seed():
     assert sorted(itertools.chain(*parts.values())) == list(range(20))
     assert {split: len(places) for split, places in parts.items()} == {"train": 14, "val": 4, "test": 2}
     assert parts["val"] == b.dataset("val").items.indices
-    assert (
-        parts["val"] != Ramps(val_fraction=0.2, test_fraction=0.1, split_seed=1).dataset("val").items.indices
-    )
+    assert parts["val"] != Ramps(val_fraction=0.2, test_fraction=0.1, split_seed=1).dataset("val").items.indices
 
 
 def test_missing_test_split_names_the_ways_out():

@@ -32,9 +32,7 @@ def first(data):
 
 
 def test_garments_in_class_folders(tmp_path):
-    data = ImageFolder(
-        unpacked("fashion_mnist", tmp_path, 60), channels=1, size=32, val_fraction=0.1, batch_size=8
-    )
+    data = ImageFolder(unpacked("fashion_mnist", tmp_path, 60), channels=1, size=32, val_fraction=0.1, batch_size=8)
     batch = first(data)
     assert batch["image"].shape == (8, 1, 32, 32) == (8, *data.shape)
     assert data.num_classes == 10

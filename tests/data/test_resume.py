@@ -101,9 +101,7 @@ def test_k_steps_and_k_more_are_2k_steps(tmp_path, whole, workers, stop):
 @pytest.mark.parametrize("by", ["epochs", "steps"])
 def test_a_checkpoint_at_the_end_of_the_epoch_begins_the_next_one(tmp_path, by):
     goal = {"epochs": 3} if by == "epochs" else {"steps": 3 * BATCHES}
-    save = ModelCheckpoint(
-        tmp_path, every_n_epochs=1, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True
-    )
+    save = ModelCheckpoint(tmp_path, every_n_epochs=1, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     whole = run(tmp_path / "whole", callbacks=[save], **goal)
     rest = run(tmp_path / "rest", ckpt_path=tmp_path / "epoch=1.ckpt", **goal)
     assert rest == whole[2 * BATCHES :]

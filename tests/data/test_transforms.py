@@ -90,9 +90,7 @@ def test_evaluation_crops_the_centre_and_never_flips():
 def test_switching_flips_on_does_not_move_the_crops():
     def crops(flip):
         transform = ImageTransform(size=3, resize=9, crop="random", flip=flip)
-        return [
-            transform(grid(9, 9), torch.Generator().manual_seed(s))["mask"].min().item() for s in range(9)
-        ]
+        return [transform(grid(9, 9), torch.Generator().manual_seed(s))["mask"].min().item() for s in range(9)]
 
     assert crops(True) == crops(False)
 

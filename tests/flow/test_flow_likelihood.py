@@ -42,9 +42,7 @@ def test_exact_divergence_is_the_trace_of_the_autograd_jacobian():
     def field(x, t):
         return torch.tanh(linear(a)(x, t)) * x.flatten(1).sum(1).reshape(-1, 1, 1)
 
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda y: field(y[None], None)[0].flatten()))(x).reshape(
-        4, 6, 6
-    )
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda y: field(y[None], None)[0].flatten()))(x).reshape(4, 6, 6)
     expected = jacobian.diagonal(dim1=1, dim2=2).sum(1)
     torch.testing.assert_close(divergence_of(field, x.clone(), Exact()), expected)
 
@@ -59,9 +57,7 @@ def test_signs_are_exact_for_a_diagonal_jacobian(probes):
 @pytest.mark.parametrize("law", ["rademacher", "gaussian"])
 def test_hutchinson_is_unbiased_and_more_probes_vary_less(law):
     a, n = points(8, 8, seed=1), 4000
-    one, four = (
-        divergence_of(linear(a), points(n, 8), Hutchinson(probes, law), StepNoise(0)) for probes in (1, 4)
-    )
+    one, four = (divergence_of(linear(a), points(n, 8), Hutchinson(probes, law), StepNoise(0)) for probes in (1, 4))
     symmetric = (a + a.T) / 2
     off = symmetric if law == "gaussian" else symmetric - symmetric.diagonal().diag()
     variance = 2 * off.square().sum().item()

@@ -121,9 +121,7 @@ def test_every_channel_is_guided(rule, point):
 @every_rule
 def test_times_may_be_one_number_or_one_a_sample(rule, point):
     x, t, condition = point
-    torch.testing.assert_close(
-        rule.begin()(Toy(), x, t.expand(3), condition), rule.begin()(Toy(), x, t, condition)
-    )
+    torch.testing.assert_close(rule.begin()(Toy(), x, t.expand(3), condition), rule.begin()(Toy(), x, t, condition))
 
 
 @every_rule
@@ -236,14 +234,10 @@ def test_adaptive_projected_equals_diffusers_on_data_predictions(path, eta, thre
     for step, t in enumerate(time_grid(5)[:-1]):
         theirs.set_state(step, 5, None)
         theirs.prepare_inputs({"x": (x, x)})
-        wanted, worse = (
-            path.convert(v, x, t, given="velocity", to="data") for v in branches(network, x, t, condition)
-        )
+        wanted, worse = (path.convert(v, x, t, given="velocity", to="data") for v in branches(network, x, t, condition))
         data = theirs.forward(wanted, worse).pred
         guided = ours(network, x, t, condition)
-        torch.testing.assert_close(
-            path.convert(guided, x, t, given="velocity", to="data"), data, atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(path.convert(guided, x, t, given="velocity", to="data"), data, atol=1e-5, rtol=1e-4)
 
 
 def test_plain_projection_settings_are_classifier_free_guidance(point):

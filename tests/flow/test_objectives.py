@@ -55,9 +55,7 @@ def least(path, prediction, scale, t):
 @every_prediction
 def test_the_exact_field_reaches_the_analytic_minimum(path, prediction, gaussian_field):
     field = gaussian_field(path)
-    losses = FlowMatching(path, prediction=prediction)(
-        Oracle(field, prediction), data(field), None, StepNoise(0)
-    )
+    losses = FlowMatching(path, prediction=prediction)(Oracle(field, prediction), data(field), None, StepNoise(0))
     t = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     expected = least(path, prediction, field.scale, t).mean().item()
     assert losses.loss.mean().item() == pytest.approx(expected, rel=0.03)
@@ -155,12 +153,8 @@ def test_noise_loss_weighted_by_velocity_is_the_velocity_loss(path, gaussian_fie
 def test_score_loss_is_sigma_score_plus_noise(gaussian_field):
     field = gaussian_field()
     x1, times = data(field, 16), LogitNormal()
-    score = FlowMatching(Linear(), times=times, prediction="score")(
-        Oracle(field, "score"), x1, None, StepNoise(0)
-    )
-    noise = FlowMatching(Linear(), times=times, prediction="noise")(
-        Oracle(field, "noise"), x1, None, StepNoise(0)
-    )
+    score = FlowMatching(Linear(), times=times, prediction="score")(Oracle(field, "score"), x1, None, StepNoise(0))
+    noise = FlowMatching(Linear(), times=times, prediction="noise")(Oracle(field, "noise"), x1, None, StepNoise(0))
     torch.testing.assert_close(score.loss, noise.loss, rtol=1e-3, atol=1e-5)
 
 

@@ -40,9 +40,7 @@ def bent(x, t=1.0):
     return 1 / (1 / x - math.sin(t))
 
 
-@pytest.mark.parametrize(
-    ("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else ""
-)
+@pytest.mark.parametrize(("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else "")
 def test_order_of_convergence(solver, order, calls, x):
     errors = [float((solver.solve(bending, x, grid(n)).x - bent(x)).abs().max()) for n in (16, 32, 64)]
     rates = [math.log2(errors[0] / errors[1]), math.log2(errors[1] / errors[2])]
@@ -50,9 +48,7 @@ def test_order_of_convergence(solver, order, calls, x):
     assert abs(rates[1] - order) < abs(rates[0] - order) + 0.05
 
 
-@pytest.mark.parametrize(
-    ("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else ""
-)
+@pytest.mark.parametrize(("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else "")
 def test_order_holds_on_a_shifted_grid(solver, order, calls, x):
     errors = [float((solver.solve(bending, x, grid(n, 3.0)).x - bent(x)).abs().max()) for n in (64, 128)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3)
@@ -69,9 +65,7 @@ def test_the_gaussian_field_is_carried_to_its_end_with_the_errors_measured_elsew
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
-@pytest.mark.parametrize(
-    ("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else ""
-)
+@pytest.mark.parametrize(("solver", "order", "calls"), FIXED, ids=lambda v: repr(v) if callable(v) is False else "")
 def test_n_intervals_are_n_steps_with_the_stated_calls(solver, order, calls, n, x, counted):
     field = counted(bending)
     steps = list(solver.iterate(field, x, grid(n)))

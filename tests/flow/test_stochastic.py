@@ -31,9 +31,7 @@ def test_moments_of_the_flow_are_kept_for_every_diffusion(solver, form, path, ga
     assert end.std().item() == pytest.approx(0.5, abs=0.0125 + 0.01)
 
 
-@pytest.mark.parametrize(
-    "solver", [StochasticHeun(), StochasticHeun(noise_at="start"), EulerMaruyama()], ids=repr
-)
+@pytest.mark.parametrize("solver", [StochasticHeun(), StochasticHeun(noise_at="start"), EulerMaruyama()], ids=repr)
 def test_moments_are_kept_on_the_way_too(solver, gaussian_field):
     field = gaussian_field(mean=1.0, scale=0.5)
     for step in solver.iterate(field, source(), time_grid(100), StepNoise(2)):
@@ -47,9 +45,7 @@ def test_moments_are_kept_on_the_way_too(solver, gaussian_field):
 @pytest.mark.parametrize("last", LASTS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n", [1, 2, 5])
-def test_ends_are_finite_for_every_diffusion_last_step_and_number_of_steps(
-    solver, form, last, n, gaussian_field
-):
+def test_ends_are_finite_for_every_diffusion_last_step_and_number_of_steps(solver, form, last, n, gaussian_field):
     field = gaussian_field()
     end = solver(Diffusion(form), last).solve(field, source(8), time_grid(n), StepNoise(0)).x
     assert bool(end.isfinite().all())

@@ -110,9 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.missing("RevisionNotFound")
         sha, files = found
         if match.re is INFO:
-            return self.answer(
-                {"id": match["repo"], "sha": sha, "siblings": [], "tags": [], "private": False}
-            )
+            return self.answer({"id": match["repo"], "sha": sha, "siblings": [], "tags": [], "private": False})
         if match.re is TREE:
             return self.answer([_tree_entry(name, content) for name, content in files.items()])
         content = files.get(match["name"])
@@ -135,9 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         if PREUPLOAD.match(path):
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
-            files = [
-                {"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()
-            ]
+            files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
             return self.answer({"files": files})
         if BATCH.match(path):
             objects = json.loads(body)["objects"]

@@ -11,9 +11,7 @@ from lightning_flows.hub import card, figures, read_header, write_card
 
 CONFIG = {
     "class_path": "lightning_flows.modules.LatentFlowMatching",
-    "init_args": {
-        "network": {"class_path": "lightning_flows.networks.DiT", "init_args": {"num_classes": 10}}
-    },
+    "init_args": {"network": {"class_path": "lightning_flows.networks.DiT", "init_args": {"num_classes": 10}}},
 }
 SETTING = {
     "real": 500,
@@ -66,9 +64,7 @@ def test_no_metrics_is_no_figures():
 
 
 def test_the_header_is_what_the_hub_reads():
-    text = card(
-        CONFIG, METRICS, licence="cc-by-4.0", model_id="m", data=["digits"], split="test", base_model="org/b"
-    )
+    text = card(CONFIG, METRICS, licence="cc-by-4.0", model_id="m", data=["digits"], split="test", base_model="org/b")
     data = ModelCard(text).data
     assert data.library_name == "lightning_flows"
     assert data.license == "cc-by-4.0"
@@ -124,10 +120,6 @@ def test_a_written_card_is_read_back(tmp_path):
 
 
 def test_the_hub_client_is_imported_only_where_it_is_used():
-    code = (
-        "import sys\nfrom lightning_flows.hub import table\ntable()\nprint('huggingface_hub' in sys.modules)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    code = "import sys\nfrom lightning_flows.hub import table\ntable()\nprint('huggingface_hub' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == "False"

@@ -1,12 +1,8 @@
 """The real client against a Hub on this machine: what arrives is whole, what fails leaves nothing wrong."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_hub import FakeHub
+from tests.hub.fake_hub import FakeHub
 
 DOWNLOAD = """
 import importlib
@@ -73,9 +69,7 @@ def test_an_upload_is_one_commit_that_arrives_complete(folder, client, revision)
         branch = revision or "main"
         ((sha, files),) = hub.repos["org/tiny"][branch]
     assert url == f"{hub.url}/org/tiny/commit/{sha}"
-    published = {
-        name: data for name, data in contents(folder).items() if name not in (".hidden.json", "last.ckpt")
-    }
+    published = {name: data for name, data in contents(folder).items() if name not in (".hidden.json", "last.ckpt")}
     assert files == published
 
 

@@ -31,9 +31,7 @@ def _values(part):
     out = {}
     for metric in [*metrics, bits, bins]:
         value = metric.compute()
-        out |= {
-            f"{metric.name}/{k}": v for k, v in (value if isinstance(value, dict) else {"": value}).items()
-        }
+        out |= {f"{metric.name}/{k}": v for k, v in (value if isinstance(value, dict) else {"": value}).items()}
     return out
 
 

@@ -53,9 +53,7 @@ def test_bad_values_are_refused_with_the_extractor_named(bad):
         Pixels()(torch.full((2, 3), bad))
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(3, "three"), (nn.Identity(), ""), (nn.Identity(), "inception")]
-)
+@pytest.mark.parametrize(("module", "name"), [(3, "three"), (nn.Identity(), ""), (nn.Identity(), "inception")])
 def test_features_refuses_what_cannot_be_an_extractor(module, name):
     with pytest.raises(ValueError, match="must be"):
         Features(module, name)

@@ -138,9 +138,7 @@ def test_a_stored_reference_replaces_the_real_items(tmp_path, generator):
 
 
 def test_a_reference_of_another_extractor_is_refused(tmp_path, generator):
-    _fill(Frechet(Pixels()), *torch.randn(2, 30, 4, generator=generator)).save_reference(
-        tmp_path / "s.safetensors"
-    )
+    _fill(Frechet(Pixels()), *torch.randn(2, 30, 4, generator=generator)).save_reference(tmp_path / "s.safetensors")
     with pytest.raises(ValueError, match="is of 'pixels', not of 'net'"):
         Frechet(Features(nn.Identity(), "net"), reference=str(tmp_path / "s.safetensors"))
     with pytest.raises(ValueError, match="reference must be a file"):

@@ -31,10 +31,7 @@ def test_one_full_subset_is_the_double_sum_of_the_definition():
 def test_the_estimate_is_unbiased_for_equal_distributions():
     generator = torch.Generator().manual_seed(1)
     values = torch.stack(
-        [
-            _metric(*torch.randn(2, 20, 4, generator=generator), subsets=1).compute()["mean"]
-            for _ in range(200)
-        ]
+        [_metric(*torch.randn(2, 20, 4, generator=generator), subsets=1).compute()["mean"] for _ in range(200)]
     )
     assert values.min() < 0 < values.max()
     assert values.mean().abs() < 3 * values.std() / 200**0.5

@@ -111,9 +111,7 @@ def test_an_estimate_below_zero_becomes_distance_zero():
 def test_equal_means_and_one_dimension_do_not_divide_by_zero(control, coefficient):
     x = torch.randn(20, 1, generator=_gen(11), dtype=torch.float64)
     y = x * 2 - x.mean()
-    value = sliced_wasserstein_squared(
-        x, y, generator=_gen(12), directions=8, control=control, coefficient=coefficient
-    )
+    value = sliced_wasserstein_squared(x, y, generator=_gen(12), directions=8, control=control, coefficient=coefficient)
     assert value.item() == pytest.approx(wasserstein_1d(x, y).item(), rel=1e-9)
 
 

@@ -77,9 +77,7 @@ class Case:
         """Hyper-parameters by our names; a name that the family's table does not know fails."""
         given = self.owner.facts["hyper_parameters"]
         unknown = sorted(set(given) - set(table))
-        assert not unknown, (
-            f"hyper-parameters {unknown} of {self.family}/{self.owner.name} have no place in the table"
-        )
+        assert not unknown, f"hyper-parameters {unknown} of {self.family}/{self.owner.name} have no place in the table"
         return {table[name]: value for name, value in given.items()}
 
     def number(self, pattern, default, key=None):
@@ -96,9 +94,7 @@ class Case:
         suggested = self.facts.get("suggested_tolerance", {})
         names = (f"{kind}_max_abs", f"{kind}_sample_max_abs", f"{kind}_abs")
         size = theirs.abs().max().item()
-        bound = next(
-            (suggested[name] for name in names if name in suggested), suggested.get("relative", 1e-4) * size
-        )
+        bound = next((suggested[name] for name in names if name in suggested), suggested.get("relative", 1e-4) * size)
         bound = max(bound, FLOAT32 * size)  # samples of size 1e4 cannot be held to an absolute 2e-4
         error = (ours.detach().double() - theirs.double()).abs().max().item()
         assert error <= bound, f"{output}: largest error {error:.3g}, allowed {bound:.3g}"
@@ -144,9 +140,7 @@ def every_output(family):
     folder = os.environ.get(VARIABLE)
     if folder is None:
         missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize(
-            ("case", "output"), [pytest.param(None, None, marks=missing, id=family)]
-        )
+        return pytest.mark.parametrize(("case", "output"), [pytest.param(None, None, marks=missing, id=family)])
     cases = [case_of(file) for file in sorted(Path(folder, family).glob("*.json"))]
     pairs = [(case, output) for case in cases for output in case.outputs()]
     values = [pytest.param(c, output, id=f"{family}/{c.name}/{output}") for c, output in pairs]

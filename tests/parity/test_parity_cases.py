@@ -71,9 +71,7 @@ def test_another_case_runs_alone_and_what_no_rule_covers_fails(tmp_path):
     write_case(tmp_path / "lfm_dit", outputs={"output.something_new": torch.zeros(2)})
     (tmp_path / "family_to_come").mkdir()
     done = run(tmp_path, "-k", "lfm_dit or sit")
-    assert (
-        "2 passed" in done.stdout
-    )  # the outputs that are known, and the sizes; no test of the absent family
+    assert "2 passed" in done.stdout  # the outputs that are known, and the sizes; no test of the absent family
     assert "1 failed" in done.stdout
     assert "lfm_dit/odd/output.something_new" in done.stdout
     assert "skipped" not in done.stdout
@@ -95,9 +93,7 @@ def test_an_unknown_hyper_parameter_is_a_failure(tmp_path):
                                                            (1e-3, {"forward_max_abs": 2e-4}, False),
                                                            (5e-5, {}, True), (5e-4, {}, False)])  # fmt: skip
 def test_the_tolerance_is_that_of_the_json_or_relative(tmp_path, error, tolerance, right):
-    case = write_case(
-        tmp_path / "lfm_dit", outputs={"output.a": torch.ones(4)}, suggested_tolerance=tolerance
-    )
+    case = write_case(tmp_path / "lfm_dit", outputs={"output.a": torch.ones(4)}, suggested_tolerance=tolerance)
     ours = torch.ones(4)
     ours[2] += error
     if right:
@@ -110,9 +106,7 @@ def test_the_tolerance_is_that_of_the_json_or_relative(tmp_path, error, toleranc
 
 
 def test_numbers_are_read_from_the_text_of_the_calls(tmp_path):
-    case = write_case(
-        tmp_path / "lfm_dit", calls={"a": "dopri5, atol=rtol=1e-05, NFE 26", "b": "scale 4.0, all"}
-    )
+    case = write_case(tmp_path / "lfm_dit", calls={"a": "dopri5, atol=rtol=1e-05, NFE 26", "b": "scale 4.0, all"})
     assert case.number("atol=rtol={}", 0.1, "a") == 1e-5
     assert case.number("NFE {}", 0, "a") == 26
     assert case.number("scale {}", 1.5) == 4.0

@@ -176,9 +176,7 @@ def diffusion(case, path, form):
 
 def loss(case, path, prediction, weight):
     times = StoredTimes(case.inputs["t"])
-    objective = FlowMatching(
-        path=PATHS[path], times=times, prediction=prediction, weighting=WEIGHTINGS[weight]
-    )
+    objective = FlowMatching(path=PATHS[path], times=times, prediction=prediction, weighting=WEIGHTINGS[weight])
     losses = objective(
         network_of(case), case.inputs["x1_data"], condition_of(case), StepNoise(0), x0=case.inputs["x0_noise"]
     )

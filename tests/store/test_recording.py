@@ -119,9 +119,7 @@ def test_datamodules_record_paths_as_strings():
 
 
 def test_frozen_dataclasses_are_read_by_fields():
-    assert config_of(Shift(2.0, Shift())) == entry(
-        "Shift", scale=2.0, inner=entry("Shift", scale=1.0, inner=None)
-    )
+    assert config_of(Shift(2.0, Shift())) == entry("Shift", scale=2.0, inner=entry("Shift", scale=1.0, inner=None))
 
 
 @pytest.mark.parametrize(

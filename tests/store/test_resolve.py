@@ -82,9 +82,7 @@ def test_an_unknown_id_says_where_it_was_looked_for(zoo, tmp_path, monkeypatch):
     assert "pinned entries of the Hub (none)" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "ref", ["./absent", "/absent/place", "../x", "a/b/c", "", "org/name@", Path("absent")]
-)
+@pytest.mark.parametrize("ref", ["./absent", "/absent/place", "../x", "a/b/c", "", "org/name@", Path("absent")])
 def test_a_missing_path_is_named_and_never_sought_online(ref, monkeypatch):
     calls = []
     hub(monkeypatch, None, calls)

@@ -68,9 +68,7 @@ class Guidance(ABC):
 
     scale: float
     interval: tuple[float, float]
-    _memory: ClassVar[Memory | None] = (
-        None  # an instance made by `begin` has its own; never part of the config
-    )
+    _memory: ClassVar[Memory | None] = None  # an instance made by `begin` has its own; never part of the config
 
     def __post_init__(self) -> None:
         require("scale", self.scale, self.scale >= 0, ">= 0 (1 is off)")
@@ -98,9 +96,7 @@ class Guidance(ABC):
             RuntimeError: before `begin`: the calls of two solves would be mixed.
         """
         if self._memory is None:
-            raise RuntimeError(
-                f"{type(self).__name__} remembers its calls: use the copy that begin() returns"
-            )
+            raise RuntimeError(f"{type(self).__name__} remembers its calls: use the copy that begin() returns")
         return self._memory
 
     def __call__(self, network: Guided, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
@@ -131,15 +127,11 @@ class Guidance(ABC):
             return True
         return inside if bool(inside.any()) else False
 
-    def _branches(
-        self, network: Guided, x: Tensor, t: Tensor, condition: Condition | None
-    ) -> tuple[Tensor, Tensor]:
+    def _branches(self, network: Guided, x: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
         """The wanted and the worse velocity, each (B, ...), from one call on the batch and its null copy."""
         rule = f"{type(self).__name__}(scale={self.scale})"
         if not network.streams:
-            raise ValueError(
-                f"{rule} needs a network with a condition; an unconditional one allows scale 1 only"
-            )
+            raise ValueError(f"{rule} needs a network with a condition; an unconditional one allows scale 1 only")
         if condition is None or not set(condition.streams) & set(network.streams):
             given = () if condition is None else condition.streams
             raise ValueError(f"{rule} needs a condition with one of {network.streams}, got {given}")

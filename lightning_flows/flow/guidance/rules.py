@@ -166,9 +166,7 @@ class Autoguidance(Guidance):
     scale: float
     interval: tuple[float, float] = (0.0, 1.0)
 
-    def _branches(
-        self, network: Guided, x: Tensor, t: Tensor, condition: Condition | None
-    ) -> tuple[Tensor, Tensor]:
+    def _branches(self, network: Guided, x: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor]:
         return network(x, t, condition), self.guide(x, t, condition)
 
     def _combine(self, wanted: Tensor, worse: Tensor, x: Tensor, t: Tensor, path: Path) -> Tensor:

@@ -75,9 +75,7 @@ class Solver(ABC):
     adaptive: ClassVar[bool] = False
 
     @abstractmethod
-    def iterate(
-        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
-    ) -> Iterator[Step]:
+    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
         """The steps one by one, for progress bars and trajectories.
 
         Args:
@@ -122,6 +120,4 @@ def check_stateless(solver: Solver, field: Any) -> None:
     """Refuses a field that must be called once per step, in order, where the solver does not."""
     if getattr(field, "stateful", False):
         guidance = type(field.guidance).__name__
-        raise ValueError(
-            f"{type(solver).__name__} may repeat or reject calls, which {guidance} (it has state) forbids"
-        )
+        raise ValueError(f"{type(solver).__name__} may repeat or reject calls, which {guidance} (it has state) forbids")

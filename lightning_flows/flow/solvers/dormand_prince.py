@@ -96,9 +96,7 @@ class DormandPrince(Solver):
         if self.end not in ("clip", "interpolate"):
             raise ValueError(f"end must be 'clip' or 'interpolate', got {self.end!r}")
 
-    def iterate(
-        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
-    ) -> Iterator[Step]:
+    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
         """See `Solver.iterate`; times inside the grid are read from the quartic of the step that covers them.
 
         Raises:
@@ -136,9 +134,7 @@ class DormandPrince(Solver):
                 raise RuntimeError(f"the step vanished at t = {t}: the field is not finite or too stiff")
         raise RuntimeError(f"DormandPrince gave up after {self.max_attempts} attempted steps at t = {t}")
 
-    def _attempt(
-        self, v: Slope, t: float, y: Tensor, f: Tensor, h: float
-    ) -> tuple[Tensor, Tensor, float, Tensor]:
+    def _attempt(self, v: Slope, t: float, y: Tensor, f: Tensor, h: float) -> tuple[Tensor, Tensor, float, Tensor]:
         slopes = [f]
         for fraction, weights in STAGES:
             point = _combine(y, slopes, weights, h)

@@ -23,14 +23,10 @@ class FixedStep(Solver):
     calls: ClassVar[int]
 
     @abstractmethod
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """One step of length ``h`` from ``t`` to ``t_next``: the new state and what the next step may use."""
 
-    def iterate(
-        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
-    ) -> Iterator[Step]:
+    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
         """See `Solver.iterate`."""
         lengths, times = check_grid(grid), grid.unbind()
         x, carry, calls = state_of(x), None, self.calls
@@ -52,9 +48,7 @@ class Euler(FixedStep):
 
     calls: ClassVar[int] = 1
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         return add(x, v(x, t), alpha=h), None
 
@@ -65,9 +59,7 @@ class Midpoint(FixedStep):
 
     calls: ClassVar[int] = 2
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         k = v(x, t)
         return add(x, v(add(x, k, alpha=h / 2), t + h / 2), alpha=h), None
@@ -79,9 +71,7 @@ class Heun(FixedStep):
 
     calls: ClassVar[int] = 2
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         k1 = v(x, t)
         k2 = v(add(x, k1, alpha=h), t_next)
@@ -94,9 +84,7 @@ class Heun3(FixedStep):
 
     calls: ClassVar[int] = 3
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         k1 = v(x, t)
         k2 = v(add(x, k1, alpha=h / 3), t + h / 3)
@@ -123,9 +111,7 @@ class RK4(FixedStep):
         if self.rule not in ("classic", "3/8"):
             raise ValueError(f"rule must be 'classic' or '3/8', got {self.rule!r}")
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         k1 = v(x, t)
         if self.rule == "classic":
@@ -157,9 +143,7 @@ class PseudoCorrector(FixedStep):
         """See `FixedStep.first_calls`."""
         return 1
 
-    def step(
-        self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any
-    ) -> tuple[Tensor, Any]:
+    def step(self, v: FieldLike, x: Tensor, t: Tensor, t_next: Tensor, h: float, carry: Any) -> tuple[Tensor, Any]:
         """See `FixedStep.step`."""
         d = v(x, t) if carry is None else carry
         d_next = v(add(x, d, alpha=h), t_next)

@@ -110,9 +110,7 @@ class StochasticSolver(Solver):
         if self.last not in LASTS:
             raise ValueError(f"last must be one of {list(LASTS)}, got {self.last!r}")
 
-    def iterate(
-        self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None
-    ) -> Iterator[Step]:
+    def iterate(self, field: FieldLike, x: Tensor, grid: Tensor, noise: Noise | None = None) -> Iterator[Step]:
         """See `Solver.iterate`."""
         lengths, times, path = check_grid(grid), grid.unbind(), self._path(field)
         if noise is None:
@@ -159,9 +157,7 @@ class StochasticSolver(Solver):
     def _path(self, field: Any) -> Path:
         path = self.path or getattr(field, "path", None)
         if path is None:
-            raise ValueError(
-                f"{type(self).__name__} needs the score: give it a path, or a field that has one"
-            )
+            raise ValueError(f"{type(self).__name__} needs the score: give it a path, or a field that has one")
         return path
 
 
