@@ -38,7 +38,7 @@ class Evaluation(Callback):
     `metrics.json` has one block per stage, `{"test": {"values": {name: entry}, "logged", "versions"}}`; an
     entry holds `value` (a number, a dict or list of them, or null when it could not be computed), the counts
     `real` and `samples`, `extractor`, `seed`, `guidance_scale`, `solver`, `steps`, `nfe`,
-    `seconds_per_sample`, `device`, `epoch`, `step`. `logged` is what the module itself logged in the stage.
+    `seconds_per_sample`, `device`, and inside a fit `epoch` and `step`. `logged` is what the module itself logged in the stage.
     There is no date: equal runs give equal files but for the seconds.
 
     Args:
@@ -208,7 +208,7 @@ class Evaluation(Callback):
             pl_module.log(f"{self.prefix}/nfe", float(self._nfe))
             pl_module.log(f"{self.prefix}/seconds_per_sample", seconds / drawn)
         for name, metric in self.metrics.items():
-            counts = {"real": real, "samples": scored} if _consumes(metric) is None else {}
+            counts = self._counts(metric, real, scored)
             value, caution = _evaluate(name, metric, real, scored)
             entry = {"value": _plain(value), **counts, "extractor": getattr(metric, "extractor", None)}
             self._entries[name] = entry | setting | ({"caution": caution} if caution else {})
@@ -216,6 +216,16 @@ class Evaluation(Callback):
                 pl_module.log(label, number)
         if not self.metrics and drawn:
             self._entries["sampling"] = {"value": None, "real": real, "samples": drawn, **setting}
+
+    def _counts(self, metric: Metric, real: int, scored: int) -> Json:
+        """What the value of a metric was computed from."""
+        consumed = _consumes(metric)
+        if consumed is None:
+            return {"real": real, "samples": scored}
+        if "log_prob" not in consumed:
+            return {}
+        divergence = f"Hutchinson(probes={self.probes})" if self.probes else "Exact()"
+        return {"real": real, "divergence": divergence, "levels": getattr(metric, "levels", None)}
 
     def _write(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -265,8 +275,7 @@ def _setting(trainer: L.Trainer, pl_module: L.LightningModule) -> Json:
         "solver": None if solver is None else repr(solver),
         "steps": getattr(pl_module, "steps", None),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "epoch": trainer.current_epoch,
-        "step": trainer.global_step,
+        **({"epoch": trainer.current_epoch, "step": trainer.global_step} if trainer.state.fn == "fit" else {}),
     }
 
 

@@ -67,8 +67,16 @@ def dispatch(args: Sequence[str]) -> object:
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("LIGHTNING_FLOWS_DEBUG"):
             raise
-        raise SystemExit(f"lightning-flows {verb}: {error}") from error
+        raise SystemExit(f"lightning-flows {verb}: {_sentence(error)}") from error
     raise SystemExit(f"lightning-flows: {verb!r} is not a verb\n\n{HELP}")
+
+
+def _sentence(error: Exception) -> str:
+    """The reason alone where jsonargparse wraps it between the types that it tried and the values it was given."""
+    text = str(error)
+    reasons = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("- ")]
+    reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
+    return reasons[0] if "Given value" in text and reasons else text
 
 
 def _say(text: str) -> str:

@@ -117,7 +117,7 @@ def test_a_test_logs_and_writes_every_value_with_its_setting(tmp_path, monkeypat
     assert entry == {
         "value": 1.0, "real": 12, "samples": 12, "extractor": "mean", "seed": 11, "guidance_scale": 1.0,
         "guidance": None, "solver": None, "steps": 4, "nfe": 8, "seconds_per_sample": 1.5 / 12,
-        "epoch": 0, "step": 0,
+
     }  # fmt: skip
     assert block["values"]["both"]["value"] == {"samples": 12.0, "nan": None, "list": [0.0, 1.0]}
     assert block["logged"] == {"nats": 2.5}

@@ -108,9 +108,7 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"file {path} is no checkpoint, or holds more than tensors and plain values: {error}"
-        ) from error
+        raise ValueError(f"file {path} is no checkpoint, or holds more than tensors and plain values") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"file {path} is truncated or no checkpoint: {error}") from error
 
