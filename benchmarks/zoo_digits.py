@@ -114,7 +114,7 @@ def scores(drawn: list[Drawn], real: Real) -> dict[str, dict[str, Any]]:
         },
         "nearest_training[pixels]": {
             "value": nearest(torch.cat([d.images for d in drawn])), "real": len(digits("val", "test").images),
-            "extractor": "pixels", **count,
+            "extractor": "pixels", **count, "samples": COUNT * len(drawn),
         },
     }  # fmt: skip
 
@@ -123,7 +123,7 @@ def setting(model: Any, drawn: list[Drawn], options: dict[str, Any]) -> dict[str
     """How the samples were drawn."""
     guidance = options.get("guidance", getattr(model, "guidance", None))
     return {
-        "seed": SEEDS[0],
+        "seed": f"{SEEDS[0]} to {SEEDS[-1]}",
         "guidance_scale": float(getattr(guidance, "scale", 1.0 if guidance is None else guidance)),
         "solver": repr(getattr(model, "solver", None)),
         "steps": options.get("steps", getattr(model, "steps", None)),

@@ -16,7 +16,7 @@ from lightning_flows.store import check, save_folder
 RECIPE = "recipe.yaml"
 RUN_CONFIG = "config.yaml"
 # Of a run's configuration, what belongs to one run on one machine and not to its recipe.
-_OF_THE_RUN = ("run_name", "ckpt_path", "weights", "reinit", "weights_only", "seed_everything")
+_OF_THE_RUN = ("run_name", "ckpt_path", "weights", "reinit", "weights_only")
 _OF_THE_MACHINE = ("default_root_dir", "logger", "devices", "num_nodes", "accelerator")
 
 
