@@ -38,7 +38,8 @@ class Evaluation(Callback):
     `metrics.json` has one block per stage, `{"test": {"values": {name: entry}, "logged", "versions"}}`; an
     entry holds `value` (a number, a dict or list of them, or null when it could not be computed), the counts
     `real` and `samples`, `extractor`, `seed`, `guidance_scale`, `solver`, `steps`, `nfe`,
-    `seconds_per_sample`, `device`, and inside a fit `epoch` and `step`. `logged` is what the module itself logged in the stage.
+    `seconds_per_sample`, `device`, and inside a fit `epoch` and `step`. `logged` is what the module itself logged in
+    the stage.
     There is no date: equal runs give equal files but for the seconds.
 
     Args:

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_flows.flow import Condition, SampleNoise, Solution, StepNoise, key, seeds_from
+from lightning_flows.modules.pretrained import from_pretrained
 from lightning_flows.store import Recorded, config_of, save_folder
 
 Progress = Callable[[int, int], None]
@@ -228,18 +229,9 @@ class GenerativeModule(L.LightningModule, Recorded):
         return Path(folder)
 
     @classmethod
-    def from_pretrained(cls, ref: str | Path, **options: Any) -> GenerativeModule:
-        """See `modules.from_pretrained`; the loaded model must be of this class.
-
-        Raises:
-            ValueError: a model of another class.
-        """
-        from lightning_flows.modules.pretrained import from_pretrained
-
-        model = from_pretrained(ref, **options)
-        if not isinstance(model, cls):
-            raise ValueError(f"{ref} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model
+    def from_pretrained(cls, ref: str | Path, **options: Any) -> Self:
+        """See `modules.from_pretrained`; a model of another class is a ValueError."""
+        return from_pretrained(ref, base=cls, **options)
 
 
 def run_seed() -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_flows.modules.base import GenerativeModule
 from lightning_flows.store import (
     WEIGHTS,
     build,
@@ -31,17 +31,19 @@ from lightning_flows.store import (
 def from_pretrained(
     ref: str | Path,
     *,
+    base: type[L.LightningModule] = L.LightningModule,
     revision: str | None = None,
     reinit: Sequence[str] = (),
     trust_remote_code: bool = False,
     device: Any = None,
     **overrides: Any,
-) -> GenerativeModule:
+) -> Any:
     """A model with its weights, in eval mode.
 
     Args:
         ref: a folder, a zoo id, ``org/name[@revision]`` on the Hugging Face Hub, or a checkpoint (``.ckpt``) of a run,
             of which the averaged weights are taken.
+        base: class of which the model must be.
         revision: of the Hub repository.
         reinit: names or patterns of tensors that keep their fresh values, for shapes that were changed by an override.
         trust_remote_code: accept classes of other packages in the config. Only for folders that you wrote or read.
@@ -56,19 +58,19 @@ def from_pretrained(
         ValueError: a config that names foreign classes, tensors that are missing, unknown or of another shape (the
             message lists them), an override that does not exist.
     """
-    if Path(ref).suffix == ".ckpt":
+    if _is_checkpoint(ref):
         config, tensors = read_checkpoint(ref)
     else:
         folder = resolve(ref, revision=revision)
         config, tensors = read_config(folder), load_tensors(folder / WEIGHTS)
     config = override(config, **overrides)
-    check(config, GenerativeModule, trust_remote_code=trust_remote_code)
-    model = build(config, GenerativeModule, trust_remote_code=trust_remote_code)
+    check(config, base, trust_remote_code=trust_remote_code)
+    model = build(config, base, trust_remote_code=trust_remote_code)
     _load(model, tensors, reinit, str(ref))
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def init_from(model: GenerativeModule, ref: str | Path, *, reinit: Sequence[str] = ()) -> list[str]:
+def init_from(model: L.LightningModule, ref: str | Path, *, reinit: Sequence[str] = ()) -> list[str]:
     """Start a new run of ``model`` from published weights; its own config stays as it is.
 
     Args:
@@ -82,7 +84,7 @@ def init_from(model: GenerativeModule, ref: str | Path, *, reinit: Sequence[str]
     Raises:
         ValueError: tensors that do not fit and are not named in ``reinit``.
     """
-    if Path(ref).suffix == ".ckpt":
+    if _is_checkpoint(ref):
         return _load(model, read_checkpoint(ref)[1], reinit, str(ref))
     return _load(model, load_tensors(resolve(ref) / WEIGHTS), reinit, str(ref))
 
@@ -106,7 +108,11 @@ def read_checkpoint(file: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
     return {"class_path": path, "init_args": config}, tensors
 
 
-def _load(model: GenerativeModule, tensors: dict[str, Tensor], reinit: Sequence[str], ref: str) -> list[str]:
+def _is_checkpoint(ref: str | Path) -> bool:
+    return Path(ref).suffix == ".ckpt" or Path(ref).is_file()
+
+
+def _load(model: L.LightningModule, tensors: dict[str, Tensor], reinit: Sequence[str], ref: str) -> list[str]:
     try:
         fresh = load_into(model, tensors, reinit=reinit)
     except ValueError as error:

@@ -7,12 +7,12 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from tests.modules.tiny import dit
 
 from lightning_flows.callbacks import EMA, PredictionWriter
 from lightning_flows.data import Digits, Requests
 from lightning_flows.flow import StepNoise
 from lightning_flows.modules import LatentFlowMatching
+from tests.modules.tiny import dit
 
 BATCH = 24  # of all devices together
 LABELS = [3, 1, 4, 1, 5, 9, 2]

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from tests.modules.tiny import ToGaussian, Unconditional, batch, dit, model
 
 from lightning_flows.flow import Condition, EulerMaruyama, Midpoint, SampleNoise, StepNoise, key, seeds_from
 from lightning_flows.modules import WarmupCosine
 from lightning_flows.modules.base import evaluation, parameter_groups, run_seed
 from lightning_flows.store import config_of
+from tests.modules.tiny import ToGaussian, Unconditional, batch, dit, model
 
 LABEL = torch.tensor([2, 0, 1, 1, 2])
 

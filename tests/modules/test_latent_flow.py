@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.modules.tiny import Affine, ToGaussian, Unconditional, batch, dit, model
 from torch.utils.data import DataLoader
 
 from lightning_flows.flow import (
@@ -21,6 +20,7 @@ from lightning_flows.flow import (
     SampleNoise,
     StepNoise,
 )
+from tests.modules.tiny import Affine, ToGaussian, Unconditional, batch, dit, model
 
 LABEL = torch.tensor([0, 1, 2, 2])
 FINE = {"solver": RK4(), "steps": 40}

@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from tests.modules.tiny import awake, batch, dit, model
 from torch.utils.data import DataLoader
 
 from lightning_flows.callbacks import EMA
@@ -31,6 +30,7 @@ from lightning_flows.modules import (
 )
 from lightning_flows.networks import DiT, ReversedTime
 from lightning_flows.store import build, config_of
+from tests.modules.tiny import awake, batch, dit, model
 
 ADAM = functools.partial(torch.optim.AdamW, lr=0.003, betas=(0.9, 0.95))
 
@@ -159,7 +159,7 @@ class Other(LatentFlowMatching):
 def test_the_base_class_loads_every_family_and_a_family_only_its_own(folder):
     assert type(GenerativeModule.from_pretrained(folder)) is LatentFlowMatching
     assert type(LatentFlowMatching.from_pretrained(folder)) is LatentFlowMatching
-    with pytest.raises(ValueError, match="holds a LatentFlowMatching, not a Other"):
+    with pytest.raises(ValueError, match=r"LatentFlowMatching.* is not a subclass of .*Other"):
         Other.from_pretrained(folder)
 
 
@@ -174,7 +174,7 @@ def test_classes_of_others_need_consent(tmp_path):
 def test_a_folder_that_is_no_generative_module_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config["init_args"]["network"]))
-    with pytest.raises(ValueError, match=r"not a subclass of .*GenerativeModule"):
+    with pytest.raises(ValueError, match=r"not a subclass of .*LightningModule"):
         from_pretrained(folder)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tests.modules.tiny import dit, model
 
 from lightning_flows.callbacks import EMA
 from lightning_flows.data import Digits
 from lightning_flows.flow import FlowMatching, Stratified
 from lightning_flows.modules import WarmupCosine
+from tests.modules.tiny import dit, model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 
