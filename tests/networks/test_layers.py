@@ -126,6 +126,8 @@ def test_rms_norm_agrees_with_torch_in_16_bits_too():
 def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys():
     layer = Attention(8, 2, qk_norm=True)
     x = draws(1, 4, 8)
+    with torch.no_grad():
+        layer.qkv.weight.copy_(draws(24, 8))  # queries and keys far above the epsilon of the norm
     before = layer(x)
     with torch.no_grad():
         layer.qkv.weight[:16] *= 7
