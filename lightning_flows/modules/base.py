@@ -20,6 +20,7 @@ from lightning_flows.modules.pretrained import from_pretrained
 from lightning_flows.store import Recorded, config_of, save_folder
 
 Progress = Callable[[int, int], None]
+REQUESTED = {"label": "label", "caption": "tokens", "mask": "spatial"}  # key of a request -> stream of the condition
 
 
 class GenerativeModule(L.LightningModule, Recorded):
@@ -174,7 +175,16 @@ class GenerativeModule(L.LightningModule, Recorded):
         return [int(s) for s in (seeds_from(seed or 0, count) if seeds is None else seeds)]
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One sample for each request: ``{"id": list of B names, "sample": (B, ...)}``."""
+        """One sample for each request: ``{"id": list of B names, "sample": (B, ...)}``.
+
+        Raises:
+            ValueError: the requests give a condition that the network does not read.
+        """
+        streams = getattr(self.network, "streams", ())
+        for name, stream in REQUESTED.items():
+            if name in batch and stream not in streams:
+                reads = list(streams) or "no condition at all"
+                raise ValueError(f"the requests give {name!r}, but {type(self.network).__name__} reads {reads}")
         sample = self.sample(self.condition_of(batch), seeds=batch["seed"], progress=self.progress)
         return {"id": batch["id"], "sample": sample}
 

@@ -236,3 +236,9 @@ def test_seeds_of_samples_stay_the_same_between_versions():
     made = model(ToGaussian(std=1.0))  # the flow of N(0, 1) to itself moves nothing on the way back
     x0 = SampleNoise([7]).normal("source", torch.empty(1, 1, 2, 2))
     torch.testing.assert_close(made.sample(seeds=[7], steps=200), x0, rtol=1e-3, atol=1e-3)
+
+
+def test_a_request_that_the_network_cannot_read_is_refused():
+    request = {"id": ["a"], "seed": torch.tensor([0]), "caption": ["a shoe"]}
+    with pytest.raises(ValueError, match=r"requests give 'caption', but DiT reads \['label'\]"):
+        model().predict_step(request, 0)
