@@ -136,8 +136,10 @@ def test_requests_are_answered_by_id():
 
 def test_a_network_without_labels_is_asked_without():
     made = model(Unconditional(), shape=(1, 4, 4))
-    answer = made.predict_step({"id": ["a"], "seed": torch.tensor([5]), "label": torch.tensor([1])}, 0)
+    answer = made.predict_step({"id": ["a"], "seed": torch.tensor([5])}, 0)
     assert torch.equal(answer["sample"], made.sample(seeds=[5]))
+    with pytest.raises(ValueError, match="requests give 'label', but Unconditional reads no condition at all"):
+        made.predict_step({"id": ["a"], "seed": torch.tensor([5]), "label": torch.tensor([1])}, 0)
 
 
 def test_a_test_sample_belongs_to_its_item_whatever_the_batch():
