@@ -10,6 +10,11 @@ ASSETS = Path(__file__).parent.parent / "_assets"
 WEIGHTS = "model.safetensors"
 
 
+def spelled_out(args: Sequence[str]) -> list[str]:
+    """``args`` with ``--config=PATH`` as two arguments, so that `recipes_of` finds every recipe."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "-c=")) else [arg])]
+
+
 def recipes_of(args: Sequence[str]) -> list[int]:
     """Places in ``args`` that hold the path of a recipe (the values of ``-c`` and ``--config``)."""
     places = [i + 1 for i, arg in enumerate(args[:-1]) if arg in ("-c", "--config")]

@@ -205,7 +205,7 @@ def run(args: Sequence[str]) -> FlowsCLI:
     Raises:
         ValueError: what the command line says does not go together.
     """
-    args = list(args)
+    args = runs.spelled_out(args)
     recipe = None
     for place in runs.recipes_of(args):
         recipe = runs.find_recipe(args[place])

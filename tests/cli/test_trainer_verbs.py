@@ -124,3 +124,8 @@ def test_a_checkpoint_does_not_overrule_the_command_line(in_run, tmp_path, monke
 
 def test_a_missing_recipe_is_named():
     assert "configs/nothing.yaml does not exist" in refused(["fit", "-c", "configs/nothing.yaml"])
+
+
+def test_a_recipe_with_an_equals_sign_is_the_same_recipe(in_run):
+    message = refused(["fit", "--config=configs/lfm/digits.yaml", *SMALL])
+    assert "runs/digits already holds a run" in message
