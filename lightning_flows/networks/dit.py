@@ -17,7 +17,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lightning_flows.networks.layers import (
     Attention,
     Mlp,
     TimestepEmbedder,
+    gated,
     modulate,
     position_table,
     without_autocast,
@@ -72,6 +73,8 @@ class DiT(Recorded, nn.Module):
         ValueError: sizes that do not divide each other, or an argument out of its range.
     """
 
+    pos_embed: Tensor  # (1, N, D), computed: a buffer that no file holds
+
     def __init__(
         self,
         input_size: int | tuple[int, int],
@@ -104,7 +107,7 @@ class DiT(Recorded, nn.Module):
         self.grid = (height // patch_size, width // patch_size)
         self.heads = 2 if learn_sigma else 1
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
-        self.register_buffer("pos_embed", position_table(*self.grid, hidden_size)[None], persistent=False)
+        self.register_buffer("pos_embed", self._position_table(hidden_size), persistent=False)
         self.t_embedder = TimestepEmbedder(
             hidden_size, frequency_size=frequency_size, max_period=max_period, time_scale=time_scale
         )
@@ -144,6 +147,18 @@ class DiT(Recorded, nn.Module):
                 nn.init.xavier_uniform_(parameter.flatten(1))
             else:  # scales of the query and key norms
                 nn.init.ones_(parameter)
+
+    def _position_table(self, hidden_size: int) -> Tensor:
+        return position_table(*self.grid, hidden_size)[None]  # (1, N, D)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiT:
+        # A network built on the meta device becomes real by `to_empty`; no file holds the table, so it is made here.
+        on_meta = self.pos_embed.is_meta
+        super()._apply(fn, recurse)
+        if on_meta and not self.pos_embed.is_meta:
+            with torch.device("cpu"):
+                self.pos_embed.copy_(self._position_table(self.pos_embed.shape[-1]))
+        return self
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -228,8 +243,8 @@ class DiTBlock(nn.Module):
         with without_autocast(c.device):
             chunks = self.adaLN_modulation(c).chunk(6, dim=-1)  # six of (B, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = chunks
-        x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        x = gated(x, gate_attn, self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        return gated(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Module):
