@@ -92,7 +92,7 @@ class Case:
         theirs = self.tensors[output]
         assert ours.shape == theirs.shape, f"{output}: shape {tuple(ours.shape)}, not {tuple(theirs.shape)}"
         suggested = self.facts.get("suggested_tolerance", {})
-        names = (f"{kind}_max_abs", f"{kind}_sample_max_abs", f"{kind}_abs")
+        names = (f"{kind}_max_abs", f"{kind}_sample_max_abs", f"{kind}_abs", "max_abs")
         size = theirs.abs().max().item()
         bound = next((suggested[name] for name in names if name in suggested), suggested.get("relative", 1e-4) * size)
         bound = max(bound, FLOAT32 * size)  # samples of size 1e4 cannot be held to an absolute 2e-4

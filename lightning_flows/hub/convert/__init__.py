@@ -11,10 +11,23 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_flows.hub.convert import dit, lfm_dit, sit
+from lightning_flows.hub.convert import dit, guided_diffusion, lfm_adm, lfm_dit, lfm_edm, sit, vae
 from lightning_flows.hub.convert.common import Format, card, read_state
 
-FORMATS: dict[str, Format] = {form.name: form for form in (lfm_dit.FORMAT, sit.FORMAT, dit.FORMAT)}
+FORMATS: dict[str, Format] = {
+    form.name: form
+    for form in (
+        lfm_dit.FORMAT,
+        lfm_adm.FORMAT,
+        lfm_edm.FORMAT,
+        sit.FORMAT,
+        dit.FORMAT,
+        guided_diffusion.FORMAT,
+        guided_diffusion.COSINE,
+        vae.FORMAT,
+        vae.BACK,
+    )
+}
 
 
 def convert(
@@ -24,48 +37,69 @@ def convert(
     *,
     weights: Literal["ema", "raw"] | None = None,
     num_heads: int | None = None,
+    head_channels: int | None = None,
+    qkv_order: Literal["head", "kind"] | None = None,
     input_size: int | tuple[int, int] | None = None,
     label_dropout: float | None = None,
+    scaling_factor: float | None = None,
 ) -> Path:
     """Convert an official checkpoint into a folder for `from_pretrained`.
 
     Args:
-        format: ``lfm-dit``, ``sit`` or ``dit``.
-        file: the checkpoint, ``.pt``, ``.pth`` or ``.safetensors``.
+        format: ``lfm-dit``, ``lfm-adm``, ``lfm-edm``, ``sit``, ``dit``, ``guided-diffusion``,
+            ``guided-diffusion-cosine``, ``diffusers-vae`` or ``to-diffusers-vae`` (see `vae`).
+        file: the checkpoint, ``.pt``, ``.pth`` or ``.safetensors``; for autoencoders a folder.
         out: folder for ``config.json``, ``model.safetensors`` and ``README.md``; written whole or not at all.
         weights: the averaged or the raw weights, where the file holds both; the averaged ones by default.
         num_heads: attention heads, for sizes that were not published.
-        input_size: side or (height, width) of the latent, where the position table is not square.
-        label_dropout: 0 if the label table has no null row (rate at which training dropped the label).
+        head_channels: channels of an attention head, of U-Nets.
+        qkv_order: how a U-Net of guided diffusion writes q, k and v, see `networks.ADMUNet`.
+        input_size: side or (height, width) of what the network reads, where the file does not tell.
+        label_dropout: of transformers: 0 if the label table has no null row (rate at which training dropped the
+            label); of ``lfm-edm``: rate of further training.
+        scaling_factor: of ``to-diffusers-vae``: what its users multiply latents by.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an unknown format, a file that does not fit it, or sizes that need an argument.
+        ValueError: an unknown format, a file that does not fit it, sizes that need an argument, or an argument that the
+            format does not have.
     """
     form = _format(format)
-    sizes = {"num_heads": num_heads, "input_size": input_size, "label_dropout": label_dropout}
-    given = {name: value for name, value in sizes.items() if value is not None}
+    options: dict[str, Any] = {
+        "num_heads": num_heads,
+        "head_channels": head_channels,
+        "qkv_order": qkv_order,
+        "input_size": input_size,
+        "label_dropout": label_dropout,
+        "scaling_factor": scaling_factor,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        network = form.load_network(read_state(file, weights), **given)
+        if form.convert is not None:
+            given = options if weights is None else {**options, "weights": weights}
+            form.check_options(given)
+            return form.convert(file, out, **given)
+        network = form.network(read_state(file, weights), **options)
     except ValueError as error:
         raise ValueError(f"{file} cannot be converted as {format}: {error}") from error
+    assert form.module is not None, f"format {form.name} says neither how to convert nor what module it is"
     return form.module(network).save_pretrained(out, {"README.md": card(form, file)})
 
 
-def load_network(format: str, tensors: Mapping[str, Tensor], **sizes: Any) -> nn.Module:
+def load_network(format: str, tensors: Mapping[str, Tensor], **options: Any) -> nn.Module:
     """The network of an official state dict, in eval mode, with noise at t = 0 and data at t = 1.
 
     Args:
         format: a name of `FORMATS`.
         tensors: official names to tensors.
-        **sizes: what the shapes of the tensors cannot say; see `transformer.load_dit`.
+        **options: what the tensors cannot say; see `convert`.
 
     Raises:
         ValueError: an unknown format, or tensors that do not fit it.
     """
-    return _format(format).load_network(tensors, **sizes).eval()
+    return _format(format).network(tensors, **options).eval()
 
 
 def _format(name: str) -> Format:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from lightning_flows.store import load_tensors
 
-Weights = Literal["ema", "raw"]
+Weights = Literal["ema", "raw", "condition"]
 WRAPPED: dict[str, tuple[str, ...]] = {
     "ema": ("ema", "ema_state_dict"),
     "raw": ("model", "model_dict", "state_dict"),
+    "condition": ("cond_stage_model_dict",),  # the encoder of the condition, in resumed runs of LFM
 }
 ASIDE = {"opt", "optimizer", "scheduler", "args", "epoch", "global_step", "step", "train_steps"}
 PREFIX = "module."
@@ -38,16 +39,41 @@ class Format:
         source: what wrote such files.
         licence: Hugging Face licence id of the weights.
         licence_note: one or two sentences about it, for the card.
-        load_network: ``(tensors, **sizes) -> network`` in our conventions, with the weights.
+        load_network: ``(tensors, **options) -> network`` in our conventions, with the weights; None where ``convert``
+            does it all.
         module: ``(network) -> GenerativeModule``: codec, objective and sampler of the publication.
+        options: names of the arguments that say what the file cannot.
+        convert: ``(file, out, **options) -> folder`` for a format that is no single state dict, instead of the two.
     """
 
     name: str
     source: str
     licence: str
     licence_note: str
-    load_network: Callable[..., nn.Module]
-    module: Callable[[nn.Module], Any]
+    load_network: Callable[..., nn.Module] | None = None
+    module: Callable[[nn.Module], Any] | None = None
+    options: tuple[str, ...] = ()
+    convert: Callable[..., Path] | None = None
+
+    def network(self, tensors: Mapping[str, Tensor], **options: Any) -> nn.Module:
+        """The network of an official state dict.
+
+        Raises:
+            ValueError: an option that the format does not have, or a format that is no single state dict.
+        """
+        self.check_options(options)
+        if self.load_network is None:
+            raise ValueError(f"a file of {self.name} holds no network")
+        return self.load_network(tensors, **options)
+
+    def check_options(self, given: Mapping[str, Any]) -> None:
+        """Refuse options that the format does not have.
+
+        Raises:
+            ValueError: naming them and those that it has.
+        """
+        if unknown := sorted(set(given) - set(self.options)):
+            raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {list(self.options)}")
 
 
 def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Tensor]:
@@ -58,6 +84,7 @@ def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Te
             ``{model, ema, opt, args}``, ``{model_dict, optimizer, ...}`` and the like. A pickled
             ``argparse.Namespace`` is allowed, other classes are not.
         weights: ``"ema"`` or ``"raw"`` where a file holds both; by default the average if there is one.
+            ``"condition"`` is the condition encoder that resumed runs of LFM keep beside the network.
 
     Raises:
         ValueError: a file that is missing, truncated or of another kind; weights that it does not have; a
@@ -67,6 +94,25 @@ def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Te
     content = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     state = _unwrap(content, weights, path)
     return {name: _tensor(value, name, path) for name, value in _strip(state, path).items()}
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a tensor that every file of a format has.
+
+    Raises:
+        ValueError: it is missing, or has another number of axes.
+    """
+    if name not in tensors:
+        raise ValueError(f"the weights have no {name!r}: not a state dict of this format (keys {sorted(tensors)[:5]})")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions:
+        raise ValueError(f"{name!r} must have {dimensions} dimensions, got shape {shape}")
+    return shape
+
+
+def factor(width: int, unit: int) -> float:
+    """``width / unit``, as an integer where it is one."""
+    return width // unit if width % unit == 0 else width / unit
 
 
 def digest(file: str | Path) -> str:

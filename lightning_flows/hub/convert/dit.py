@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_flows.codecs import AutoencoderKL
 from lightning_flows.flow import Diffusion, EulerMaruyama, FlowMatching, VariancePreserving
 from lightning_flows.hub.convert.common import Format
-from lightning_flows.hub.convert.transformer import load_dit
+from lightning_flows.hub.convert.transformer import OPTIONS, load_dit
 from lightning_flows.modules import LatentFlowMatching
 from lightning_flows.networks import ReversedTime
 
@@ -57,4 +57,5 @@ FORMAT = Format(
     licence_note="Code and weights are CC-BY-NC 4.0: no commercial use.",
     load_network=load_network,
     module=module,
+    options=OPTIONS,
 )

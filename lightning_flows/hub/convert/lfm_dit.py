@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_flows.codecs import AutoencoderKL
-from lightning_flows.flow import DormandPrince, FlowMatching, Linear
+from lightning_flows.hub.convert import lfm
 from lightning_flows.hub.convert.common import Format
-from lightning_flows.hub.convert.transformer import load_dit
-from lightning_flows.modules import LatentFlowMatching
+from lightning_flows.hub.convert.transformer import OPTIONS, load_dit
 from lightning_flows.networks import ReversedTime
 
 
@@ -27,26 +25,12 @@ def load_network(tensors: Mapping[str, Tensor], **sizes: Any) -> ReversedTime:
     return ReversedTime(load_dit(tensors, absent_label="last", **sizes))
 
 
-def module(network: nn.Module) -> LatentFlowMatching:
-    """The published model around the network."""
-    return LatentFlowMatching(
-        network=network,
-        codec=AutoencoderKL(repo="stabilityai/sd-vae-ft-mse", scale=0.18215),
-        objective=FlowMatching(path=Linear(sigma_min=1e-5)),
-        solver=DormandPrince(rtol=1e-5, atol=1e-5),
-        steps=1,
-    )
-
-
 FORMAT = Format(
     name="lfm-dit",
-    source="Latent Flow Matching, github.com/VinAIResearch/LFM",
+    source=lfm.SOURCE,
     licence="other",
-    licence_note=(
-        "The authors published these weights without a licence of their own (their code is AGPL-3.0), and "
-        "the training data (CelebA-HQ, FFHQ, LSUN, ImageNet) is for non-commercial research: do not "
-        "republish them."
-    ),
+    licence_note=lfm.LICENCE_NOTE,
     load_network=load_network,
-    module=module,
+    module=lfm.module,
+    options=OPTIONS,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_flows.codecs import AutoencoderKL
 from lightning_flows.flow import DormandPrince, FlowMatching, Linear
 from lightning_flows.hub.convert.common import Format
-from lightning_flows.hub.convert.transformer import load_dit
+from lightning_flows.hub.convert.transformer import OPTIONS, load_dit
 from lightning_flows.modules import LatentFlowMatching
 from lightning_flows.networks import DiT
 
@@ -45,4 +45,5 @@ FORMAT = Format(
     licence_note="The code is MIT; the weights have no licence text of their own (data: ImageNet).",
     load_network=load_network,
     module=module,
+    options=OPTIONS,
 )

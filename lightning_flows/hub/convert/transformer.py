@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_flows.hub.convert.common import shape_of
 from lightning_flows.networks import DIT_SIZES, DiT, position_table
 from lightning_flows.store import load_into
 
+OPTIONS = ("num_heads", "input_size", "label_dropout", "max_period")
 HEADS = {size["hidden_size"]: size["num_heads"] for size in DIT_SIZES.values()}
 TABLE = "pos_embed"
 
@@ -41,10 +43,10 @@ def load_dit(
     Raises:
         ValueError: unknown, missing or misshapen tensors, a foreign position table, or sizes to be given.
     """
-    hidden, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4)
-    rows = _shape(tensors, "y_embedder.embedding_table.weight", 2)[0]
-    values = _shape(tensors, "final_layer.linear.weight", 2)[0]
-    height, width = _input_size(_shape(tensors, TABLE, 3)[1], patch, input_size)
+    hidden, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
+    rows = shape_of(tensors, "y_embedder.embedding_table.weight", 2)[0]
+    values = shape_of(tensors, "final_layer.linear.weight", 2)[0]
+    height, width = _input_size(shape_of(tensors, TABLE, 3)[1], patch, input_size)
     dropout = _label_dropout(rows, label_dropout)
     network = DiT(
         (height, width),
@@ -53,11 +55,11 @@ def load_dit(
         hidden_size=hidden,
         depth=1 + max((int(found[1]) for found in map(_BLOCK.match, tensors) if found), default=-1),
         num_heads=_heads(hidden, num_heads),
-        mlp_ratio=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0] / hidden,
+        mlp_ratio=shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)[0] / hidden,
         num_classes=rows - (dropout > 0),
         label_dropout=dropout,
         learn_sigma=values == 2 * patch**2 * channels,
-        frequency_size=_shape(tensors, "t_embedder.mlp.0.weight", 2)[1],
+        frequency_size=shape_of(tensors, "t_embedder.mlp.0.weight", 2)[1],
         max_period=max_period,
         **fixed,
     )
@@ -67,15 +69,6 @@ def load_dit(
 
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"the weights have no {name!r}: not a state dict of this format (keys {sorted(tensors)[:5]})")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != dimensions:
-        raise ValueError(f"{name!r} must have {dimensions} dimensions, got shape {shape}")
-    return shape
 
 
 def _heads(hidden_size: int, num_heads: int | None) -> int:
