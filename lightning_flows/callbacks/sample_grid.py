@@ -114,7 +114,6 @@ class SampleGrid(Callback):
                 _log_picture(logger, sheet, step)
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
-        condition = self._condition(pl_module.device)
         with (
             isolate_rng(),
             _averaged_weights(trainer),
@@ -122,11 +121,14 @@ class SampleGrid(Callback):
             torch.no_grad(),
             trainer.precision_plugin.forward_context(),
         ):
-            samples = pl_module.sample(condition, n=self.n, seed=self.seed)
+            samples = self._samples(trainer, pl_module)
         if not isinstance(samples, Tensor) or samples.ndim != 4:
             got = tuple(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
-            raise ValueError(f"SampleGrid: {type(pl_module).__name__}.sample must return (B, C, H, W), got {got}.")
+            raise ValueError(f"SampleGrid: {type(pl_module).__name__} must give (B, C, H, W), got {got}.")
         return samples
+
+    def _samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+        return pl_module.sample(self._condition(pl_module.device), n=self.n, seed=self.seed)
 
     def _condition(self, device: torch.device) -> Condition | None:
         if self.labels is None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_flows.flow import Condition, SampleNoise, Solution, StepNoise, key, seeds_from
-from lightning_flows.modules.pretrained import from_pretrained
-from lightning_flows.store import Recorded, config_of, save_folder
+from lightning_flows.modules.publishable import Publishable, run_seed
 
 Progress = Callable[[int, int], None]
 REQUESTED = {"label": "label", "caption": "tokens", "mask": "spatial"}  # key of a request -> stream of the condition
 
 
-class GenerativeModule(L.LightningModule, Recorded):
+class GenerativeModule(Publishable):
     """Base of the families: optimizer, keyed noise, sampling and saving; a family adds its losses and its sampler.
 
     Args:
@@ -45,28 +41,10 @@ class GenerativeModule(L.LightningModule, Recorded):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__()
-        if missing := _abstract_methods(type(self)):
-            raise TypeError(f"{type(self).__name__} is abstract: it lacks {', '.join(missing)}")
-        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         self.progress: Progress | None = None
-        config = config_of(self)
-        # Lightning rebuilds a module from these, the same for modules built in Python and by the command line.
-        self.save_hyperparameters(
-            {
-                **config["init_args"],
-                "_class_path": config["class_path"],
-                "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            },
-            logger=False,
-        )
 
     # ------------------------------------------------------------------ training
-
-    def on_fit_start(self) -> None:
-        """Training mode for a model straight from `from_pretrained`; a choice made for some parts is kept."""
-        if not any(part.training for part in self.modules()):
-            self.train()
 
     @abstractmethod
     def losses(self, batch: Any, noise: StepNoise) -> Any:
@@ -85,18 +63,6 @@ class GenerativeModule(L.LightningModule, Recorded):
         size = len(losses.loss)
         self.log("val/loss", losses.loss.mean(), prog_bar=True, batch_size=size, sync_dist=True)
         return {"loss": losses.loss.mean(), "losses": losses.loss, **losses.logs}
-
-    def training_noise(self) -> StepNoise:
-        """The random numbers of this training batch, keyed by (run seed, batch of the run, rank)."""
-        return StepNoise(run_seed(), self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank)
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over the trainable parameters, in groups with and without weight decay, and its scheduler."""
-        optimizer = self.make_optimizer(parameter_groups(self))
-        if self.make_lr_scheduler is None:
-            return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ------------------------------------------------------------------ sampling
 
@@ -222,54 +188,12 @@ class GenerativeModule(L.LightningModule, Recorded):
             return Condition(label=batch["label"])
         return None
 
-    # ------------------------------------------------------------------ saving
-
-    def save_pretrained(self, folder: str | Path, extra_files: dict[str, str] | None = None) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` (what is trained, nothing frozen) to a folder.
-
-        Args:
-            folder: made if needed; the files appear whole or not at all.
-            extra_files: name -> text of other files (card, recipe).
-
-        Returns:
-            The folder.
-        """
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_folder(folder, config_of(self), tensors, extra_files)
-        return Path(folder)
-
-    @classmethod
-    def from_pretrained(cls, ref: str | Path, **options: Any) -> Self:
-        """See `modules.from_pretrained`; a model of another class is a ValueError."""
-        return from_pretrained(ref, base=cls, **options)
-
-
-def run_seed() -> int:
-    """The seed of the run (``seed_everything``), 0 where none was set."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices, and vectors (biases, gains), which are not decayed."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ValueError("the module has no trainable parameter")
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
 
 def clock(device: torch.device) -> float:
     """Seconds, when everything that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _abstract_methods(cls: type) -> list[str]:
-    # LightningModule has no ABCMeta, which would refuse such a class by itself.
-    return [name for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)]
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def test_a_module_that_does_not_draw_pictures_is_named(tmp_path):
         def sample(self, *args, **kwargs):
             return [object()]
 
-    with pytest.raises(ValueError, match=r"Shapes.sample must return \(B, C, H, W\), got list"):
+    with pytest.raises(ValueError, match=r"Shapes must give \(B, C, H, W\), got list"):
         trainer(tmp_path, SampleGrid(), max_steps=1).fit(Shapes(), data())
 
 

@@ -8,7 +8,8 @@ import torch
 
 from lightning_flows.flow import Condition, EulerMaruyama, Midpoint, SampleNoise, StepNoise, key, seeds_from
 from lightning_flows.modules import WarmupCosine
-from lightning_flows.modules.base import evaluation, parameter_groups, run_seed
+from lightning_flows.modules.base import evaluation
+from lightning_flows.modules.publishable import parameter_groups, run_seed
 from lightning_flows.store import config_of
 from tests.modules.tiny import ToGaussian, Unconditional, batch, dit, model
 

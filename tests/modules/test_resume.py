@@ -199,10 +199,10 @@ def test_a_crash_between_steps_loses_nothing_that_was_saved(tmp_path, uninterrup
 
 def test_another_seed_is_another_run(tmp_path, uninterrupted, monkeypatch):
     """The comparison can fail: noise follows the seed of the run."""
-    import lightning_flows.modules.base as base
+    import lightning_flows.modules.publishable as publishable
 
     whole = uninterrupted(2, 1)
-    monkeypatch.setattr(base, "run_seed", lambda: 43)
+    monkeypatch.setattr(publishable, "run_seed", lambda: 43)
     other = run(tmp_path, 2)
     assert other[0].losses != whole[0].losses
     assert differences(other[1]["state_dict"], whole[1]["state_dict"]) != []

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lightning_flows.codecs import Codec
+from lightning_flows.codecs import Codec, Posterior
 from lightning_flows.flow import Condition
 from lightning_flows.modules import LatentFlowMatching
 from lightning_flows.networks import DiT
@@ -115,11 +115,18 @@ class Affine(Codec):
     def __init__(self, gain: float = 4.0, offset: float = 1.0) -> None:
         self.gain, self.offset = gain, offset
 
-    def encode(self, x, noise=None):
-        return self.gain * x + self.offset
+    def posterior(self, x):
+        return Posterior(self.gain * x + self.offset)
 
     def decode(self, z):
         return (z - self.offset) / self.gain
 
     def latent_shape(self, shape):
         return tuple(shape)
+
+
+class Maps(Recorded, nn.Conv2d):
+    """A network with one feature map of three channels, for images of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 3, 3)
