@@ -77,3 +77,14 @@ def test_own_network_is_refused_without_consent_and_comes_back_with_it():
     out = run("own_network.py", "--steps", "3")
     assert "refused: config.network: 'own_network.ConvNet' is not a class of lightning_flows" in out
     assert "same samples: True" in out
+
+
+def test_inversion_loses_less_with_more_steps_and_changes_more_with_more_strength():
+    out = run("inversion.py", "--n", "4", "--steps", "6")
+    errors = [float(value) for value in re.findall(r"latent error ([\d.]+)", out)]
+    changes = [float(value) for value in re.findall(r"changed by ([\d.]+)", out)]
+    assert len(errors) == len(changes) == 3
+    assert 0.1 > errors[0] > errors[1] > errors[2]
+    assert changes[0] < changes[1] < changes[2]
+    assert number("deviation", out) == pytest.approx(1, abs=0.15)
+    assert number("off by", out) < 0.1
