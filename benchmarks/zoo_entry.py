@@ -1,44 +1,100 @@
-"""Makes a zoo entry of a finished run: weights, config, recipe, card, sample grid, and outputs for the reload test.
+"""Makes a zoo entry of a finished run: weights, config, recipe, card, pictures, and outputs for the reload test.
 
 python -m benchmarks.zoo_entry runs/lfm-digits zoo/lfm-digits --licence cc-by-4.0 --data NAME --summary "..."
 python -m benchmarks.zoo_digits lfm-digits --metrics zoo/lfm-digits/metrics.json      # the figures
 python -m benchmarks.zoo_entry runs/lfm-digits zoo/lfm-digits ...                     # the card, with them
+
+A generative model stores a velocity and samples, its picture shows samples. An autoencoder (no ``sample``) stores
+how ten real images are encoded and decoded, and its picture shows real images above their reconstructions. Make the
+entry of an autoencoder before that of a latent model whose codec it is: the config names it by its id.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning import LightningDataModule
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from lightning_flows import Condition, from_pretrained
 from lightning_flows.callbacks.pictures import contact_sheet, to_image, write_png
 from lightning_flows.cli.runs import newest_last
-from lightning_flows.hub import write_card
-from lightning_flows.hub.export import export_run
-from lightning_flows.modules import GenerativeModule
-from lightning_flows.store import read_config, save_tensors
+from lightning_flows.hub import check_folder, write_card
+from lightning_flows.hub.export import RUN_CONFIG, export_run
+from lightning_flows.store import build, read_config, save_tensors
 
 OUTPUTS = "outputs.safetensors"
+INPUTS = ("x", "t", "label")
 STEPS, SEED = 4, 7
+ROWS = 8  # of the picture
 
 
-def outputs_of(model: GenerativeModule, x: Tensor, t: Tensor, label: Tensor) -> dict[str, Tensor]:
-    """What a reloaded entry must repeat: a velocity, and samples of few midpoint steps without guidance."""
-    condition = Condition(label=label)
+def draws(model: Any) -> bool:
+    """Whether a model draws samples; an autoencoder does not."""
+    return hasattr(model, "sample")
+
+
+def inputs_of(model: Any, classes: int | None, images: Tensor | None) -> dict[str, Tensor]:
+    """Fixed inputs of `outputs_of`: noise, times and labels, or ``images`` (N, C, H, W) for an autoencoder."""
+    if not draws(model):
+        assert images is not None
+        return {"x": images}
+    generator, count = torch.Generator().manual_seed(SEED), classes or 10
+    x = torch.randn(count, *model.shape, generator=generator)
+    inputs = {"x": x, "t": torch.rand(count, generator=generator)}
+    return inputs | ({"label": torch.arange(count)} if classes else {})
+
+
+@torch.no_grad()
+def outputs_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a reloaded entry must repeat.
+
+    A velocity, and samples of few midpoint steps without guidance; of an autoencoder the posterior's means of its
+    inputs, and what they decode to.
+    """
+    if not draws(model):
+        latent = model.encode(inputs["x"])
+        return {"latent": latent, "reconstruction": model.decode(latent)}
+    condition = Condition(label=inputs["label"]) if "label" in inputs else None
+    velocity = model.field(condition)(inputs["x"], inputs["t"])
+    sample = model.sample(condition, n=len(inputs["x"]), seed=SEED, steps=STEPS, guidance=1.0)
+    return {"velocity": velocity, "sample": sample}
+
+
+def picture(model: Any, classes: int | None, images: Tensor | None, columns: int = 10) -> list[Tensor]:
+    """Images of the contact sheet, in rows of ``classes`` (or ``columns``): samples, or real over reconstructed."""
+    if draws(model):
+        count = classes or columns
+        condition = Condition(label=torch.arange(count).repeat(ROWS)) if classes else None
+        return list(model.sample(condition, n=count * ROWS, seed=0, batch_size=count))
+    assert images is not None
     with torch.no_grad():
-        velocity = model.field(condition)(x, t)
-    return {"velocity": velocity, "sample": model.sample(condition, seed=SEED, steps=STEPS, guidance=1.0)}
+        found = model.decode(model.encode(images))
+    rows = [part for pair in zip(images.split(columns), found.split(columns), strict=True) for part in pair]
+    return list(torch.cat(rows))
 
 
-def inputs_of(model: GenerativeModule, classes: int) -> dict[str, Tensor]:
-    """Fixed inputs of `outputs_of`."""
-    generator = torch.Generator().manual_seed(SEED)
-    x = torch.randn(classes, *model.shape, generator=generator)
-    return {"x": x, "t": torch.rand(classes, generator=generator), "label": torch.arange(classes)}
+def real_images(recipe: Path, count: int) -> Tensor:
+    """The first images of the test split (or val, or train) of the data of a recipe, (count, C, H, W)."""
+    entry = OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)["data"]
+    data = build(entry, LightningDataModule)
+    split = next(name for name in ("test", "val", "train") if data.has(name))
+    items = data.dataset(split)
+    return torch.stack([items[i]["image"] for i in range(min(count, len(items)))])
+
+
+def merged(run: Path, out: Path) -> dict[str, Any]:
+    """The judged figures of the entry, then those of the run's test: the first one stands in the table of the zoo."""
+    files = (out / "metrics.json", run / "metrics.json")
+    kept, tested = (json.loads(file.read_text()) if file.exists() else {} for file in files)
+    test = tested.get("test", kept.pop("test", None))
+    return kept | ({"test": test} if test is not None else {})
 
 
 def main() -> None:
@@ -50,21 +106,21 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--summary", required=True)
     parser.add_argument("--command", help="shell command that gives the figures again")
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--classes", type=int, default=10, help="of a conditional model; 0: it takes no label")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    kept = json.loads((args.out / "metrics.json").read_text()) if (args.out / "metrics.json").exists() else {}
-    export_run(args.run, args.out, licence=args.licence, ckpt=newest_last(args.run))
-    metrics = {"test": json.loads((args.run / "metrics.json").read_text())["test"], **kept}
-    # the judged figures first: the first one stands in the table of the zoo
-    metrics = dict(sorted(metrics.items(), key=lambda block: block[0] == "test"))
+    metrics = merged(args.run, args.out)
+    export_run(args.run, args.out, licence=args.licence, ckpt=newest_last(args.run), dtype=args.dtype)
+    check_folder(args.out)  # a codec that names a folder of this machine is refused
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    model = from_pretrained(args.out)
-    inputs = inputs_of(model, args.classes)
-    save_tensors(args.out / OUTPUTS, {**inputs, **outputs_of(model, **inputs)})
-    labels = torch.arange(args.classes).repeat(8)
-    images = [to_image(x) for x in model.sample(Condition(label=labels), seed=0)]
-    write_png(contact_sheet(images, args.classes), args.out / "samples.png")
+    model, classes = from_pretrained(args.out), args.classes or None
+    images = None if draws(model) else real_images(args.run / RUN_CONFIG, 10 * ROWS // 2)
+    inputs = inputs_of(model, classes, None if images is None else images[:10])
+    save_tensors(args.out / OUTPUTS, {**inputs, **outputs_of(model, inputs)})
+    columns = 10 if images is not None else classes or 10
+    pictures = [to_image(x) for x in picture(model, classes, images)]
+    write_png(contact_sheet(pictures, columns), args.out / "samples.png")
     write_card(
         args.out,
         read_config(args.out),
@@ -74,7 +130,7 @@ def main() -> None:
         data=args.data,
         split=args.split,
         command=args.command,
-        task="unconditional-image-generation",
+        dtype=args.dtype,
     )
 
 

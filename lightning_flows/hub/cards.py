@@ -75,7 +75,8 @@ def card(
     base_model: str | None = None,
     tags: Sequence[str] = (),
     command: str | None = None,
-    task: str = "unconditional-image-generation",
+    task: str | None = None,
+    dtype: str = "float32",
 ) -> str:
     """Text of a model card.
 
@@ -91,7 +92,9 @@ def card(
         base_model: reference of the weights that training started from.
         tags: further tags.
         command: shell command that gives the figures again.
-        task: identifier of the Hub for what the model does.
+        task: identifier of the Hub for what the model does; None says it from the model's class: an autoencoder is
+            ``image-to-image``, anything else ``unconditional-image-generation``.
+        dtype: in which the weights are stored, where it is not the float32 that they are loaded as.
 
     Returns:
         README text with its YAML header.
@@ -103,13 +106,15 @@ def card(
         raise ValueError("licence='' says nothing; give an identifier such as 'apache-2.0' or 'cc-by-4.0'.")
     names = [data] if isinstance(data, str) else list(data)
     found = figures(metrics)
-    header = _header(model_id, licence, names, split, base_model, tags, task, found)
+    kind = "autoencoder" if is_autoencoder(config) else "flow-matching"
+    task = task or ("image-to-image" if is_autoencoder(config) else "unconditional-image-generation")
+    header = _header(model_id, licence, names, split, base_model, [kind, "lightning", *tags], task, found)
     sections = [
         f"# {model_id}",
         summary or f"A `{family(config)}` model of `{LIBRARY}`.",
         _usage(config, model_id),
         _results(found, names, split, command),
-        _provenance(licence, names, base_model),
+        _provenance(licence, names, base_model, dtype),
     ]
     return f"---\n{header}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
@@ -156,6 +161,11 @@ def read_header(folder: str | Path) -> dict[str, Any]:
 def family(config: Mapping[str, Any]) -> str:
     """Name of the class of a config's model."""
     return str(config["class_path"]).rpartition(".")[2]
+
+
+def is_autoencoder(config: Mapping[str, Any]) -> bool:
+    """Whether a config's model encodes and decodes, and draws no samples: known by the name of its class."""
+    return family(config).endswith("Autoencoder")
 
 
 def _named(metrics: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -207,7 +217,7 @@ def _header(
     about = ModelCardData(
         library_name=LIBRARY,
         license=licence,
-        tags=["flow-matching", "lightning", *tags],
+        tags=list(tags),
         datasets=data or None,
         base_model=base_model,
         pipeline_tag=task,
@@ -218,6 +228,14 @@ def _header(
 
 
 def _usage(config: Mapping[str, Any], model_id: str) -> str:
+    if is_autoencoder(config):
+        return (
+            "## Use\n\n```python\nimport lightning_flows as lf\n\n"
+            f'model = lf.from_pretrained("{model_id}")\n'
+            "z = model.encode(images)  # (B, c, h, w), from images (B, C, H, W) in [-1, 1]\n"
+            "images = model.decode(z)\n```\n\n"
+            f'As the codec of a latent model: `lightning_flows.codecs.AutoencoderKL("{model_id}")`.'
+        )
     classes = [entry["init_args"].get("num_classes") for _, entry in entries(config) if "init_args" in entry]
     labels = next((number for number in classes if isinstance(number, int) and number > 0), None)
     asked = f"lf.Condition(label=torch.arange({min(labels, 10)}))" if labels else "n=16"
@@ -242,8 +260,9 @@ def _results(found: list[Figure], data: list[str], split: str | None, command: s
     return f"## Results\n\n{against}" + "\n".join(table) + again
 
 
-def _provenance(licence: str, data: list[str], base_model: str | None) -> str:
+def _provenance(licence: str, data: list[str], base_model: str | None, dtype: str) -> str:
     lines = [f"Licence of the weights: {licence}."]
+    lines += [f"Stored as {dtype} (small tensors as float32), loaded as float32."] if dtype != "float32" else []
     lines += [f"Trained on {', '.join(data)}."] if data else []
     lines += [f"Training started from {base_model}."] if base_model else []
     return "## Origin\n\n" + " ".join(lines)

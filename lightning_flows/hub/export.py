@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,25 @@ import yaml
 
 from lightning_flows.hub.cards import METRICS, card
 from lightning_flows.modules.pretrained import read_checkpoint
-from lightning_flows.store import check, save_folder
+from lightning_flows.store import check, in_16_bits, save_folder
 
 RECIPE = "recipe.yaml"
 RUN_CONFIG = "config.yaml"
 # Of a run's configuration, what belongs to one run on one machine and not to its recipe.
 _OF_THE_RUN = ("run_name", "ckpt_path", "weights", "reinit", "weights_only")
+_DATA = "LIGHTNING_FLOWS_DATA"  # names the folder of the data sets on a machine; recipes are written with it
 _OF_THE_MACHINE = ("default_root_dir", "logger", "devices", "num_nodes", "accelerator")
 
 
 def export_run(
-    run: Path, out: Path, *, licence: str, ckpt: Path, summary: str = "", command: str | None = None
+    run: Path,
+    out: Path,
+    *,
+    licence: str,
+    ckpt: Path,
+    summary: str = "",
+    command: str | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Write the averaged weights of a run with config, recipe, card and metrics.
 
@@ -32,17 +41,22 @@ def export_run(
         ckpt: checkpoint of the run.
         summary: what the model is, for the card.
         command: gives the figures of the card again.
+        dtype: in which large tensors are stored, ``"float32"``, ``"float16"`` or ``"bfloat16"``; they are loaded
+            as float32 from each of them, and the card says it.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: the run has no configuration, or the checkpoint does not exist or was not written by this package.
+        ValueError: the run has no configuration, the checkpoint does not exist or was not written by this package,
+            or the dtype is unknown or too narrow for the weights.
     """
     if not (run / RUN_CONFIG).is_file():
         raise ValueError(f"{run} holds no {RUN_CONFIG}: it is not the folder of a fit")
     config, tensors = read_checkpoint(ckpt)
     check(config)
+    if dtype != "float32":
+        tensors = in_16_bits(tensors, dtype)
     options = yaml.safe_load((run / RUN_CONFIG).read_text())
     metrics = json.loads((run / METRICS).read_text()) if (run / METRICS).is_file() else {}
     text = card(
@@ -54,7 +68,7 @@ def export_run(
         data=_data_name(options),
         base_model=options.get("init_from"),
         command=command,
-        task="unconditional-image-generation",
+        dtype=dtype,
     )
     files = {RECIPE: recipe_of(options), "README.md": text}
     if metrics:
@@ -64,12 +78,28 @@ def export_run(
 
 
 def recipe_of(options: Mapping[str, Any]) -> str:
-    """YAML of a run's configuration without what belongs to one run or one machine, and without nulls."""
+    """YAML of a run's configuration without what belongs to one run or one machine, and without nulls.
+
+    Data under the folder that ``LIGHTNING_FLOWS_DATA`` names are written as recipes write them:
+    ``${oc.env:LIGHTNING_FLOWS_DATA,data}/...``.
+    """
     kept = {name: value for name, value in options.items() if name not in _OF_THE_RUN}
     kept["trainer"] = {name: value for name, value in kept.get("trainer", {}).items() if name not in _OF_THE_MACHINE}
     for callback in kept["trainer"].get("callbacks") or []:
         callback.get("init_args", {}).pop("dirpath", None)
+    if root := os.environ.get(_DATA, "").rstrip("/"):
+        kept["data"] = _by_name(kept.get("data"), root)
     return yaml.safe_dump(_without_null(kept), sort_keys=False, width=110)
+
+
+def _by_name(value: Any, root: str) -> Any:
+    """The value with the folder of the data sets named by its variable."""
+    if isinstance(value, Mapping):
+        return {key: _by_name(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_by_name(item, root) for item in value]
+    inside = isinstance(value, str) and f"{value}/".startswith(f"{root}/")
+    return f"${{oc.env:{_DATA},data}}{value[len(root) :]}" if inside else value
 
 
 def _without_null(value: Any) -> Any:

@@ -5,7 +5,7 @@ from lightning_flows.store.folder import CONFIG, WEIGHTS, read_config, save_fold
 from lightning_flows.store.recording import Recorded, config_of
 from lightning_flows.store.resolve import PINNED, Pin, is_complete, resolve, zoo_folders
 from lightning_flows.store.safety import check, entries, public_path
-from lightning_flows.store.weights import load_into, load_tensors, save_tensors
+from lightning_flows.store.weights import in_16_bits, load_into, load_tensors, save_tensors
 
 save = save_folder
 
@@ -19,6 +19,7 @@ __all__ = [
     "check",
     "config_of",
     "entries",
+    "in_16_bits",
     "is_complete",
     "load_into",
     "load_tensors",

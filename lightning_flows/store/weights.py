@@ -15,10 +15,13 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 _PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save writes a zip archive, in old versions a bare pickle
 _POINTER = b"version https://git-lfs"
+SIXTEEN_BITS = ("float16", "bfloat16")
+_SMALL = 1024  # entries up to which a tensor keeps its 32 bits
 
 
 def save_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -65,6 +68,31 @@ def load_tensors(file: str | Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"weights file {path} {_what_it_is(path)} ({error}).") from error
+
+
+def in_16_bits(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Large float32 tensors in 16 bits, for a file of half the size; a module that loads it keeps its own dtype.
+
+    Tensors of up to 1,024 entries (biases, gains, statistics of latents) stay as they are: they cost little, and
+    an error of theirs moves every output the same way.
+
+    Args:
+        tensors: name to tensor.
+        dtype: ``"float16"`` (11 significant bits, magnitudes up to 65504) or ``"bfloat16"`` (8 bits, the range of
+            float32).
+
+    Raises:
+        ValueError: another ``dtype``, or a value that does not fit into it; names the tensor.
+    """
+    if dtype not in SIXTEEN_BITS:
+        raise ValueError(f"dtype must be one of {', '.join(SIXTEEN_BITS)}, got {dtype!r}.")
+    narrow = {}
+    for name, value in tensors.items():
+        large = value.dtype == torch.float32 and value.numel() > _SMALL
+        narrow[name] = value.to(getattr(torch, dtype)) if large else value
+        if large and not torch.equal(narrow[name].isfinite(), value.isfinite()):
+            raise ValueError(f"dtype={dtype!r} cannot hold the values of {name}: use bfloat16 or float32.")
+    return narrow
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, reinit: Sequence[str] = ()) -> list[str]:

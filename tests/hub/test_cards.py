@@ -123,3 +123,21 @@ def test_the_hub_client_is_imported_only_where_it_is_used():
     code = "import sys\nfrom lightning_flows.hub import table\ntable()\nprint('huggingface_hub' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_the_card_of_an_autoencoder_encodes_and_decodes():
+    config = {"class_path": "lightning_flows.modules.KLAutoencoder", "init_args": {}}
+    text = card(config, {"psnr": {"value": 28.0}}, licence="mit", model_id="kl-m")
+    assert 'AutoencoderKL("kl-m")' in text
+    assert "model.encode(images)" in text
+    assert "model.sample" not in text
+    assert header(text)["pipeline_tag"] == "image-to-image"
+    assert header(text)["tags"] == ["autoencoder", "lightning"]
+    flow = card(CONFIG, licence="mit")
+    assert header(flow)["pipeline_tag"] == "unconditional-image-generation"
+    assert header(flow)["tags"] == ["flow-matching", "lightning"]
+
+
+def test_the_card_says_when_weights_are_stored_in_16_bits():
+    assert "Stored as float16" in card(CONFIG, licence="mit", dtype="float16")
+    assert "Stored as" not in card(CONFIG, licence="mit")

@@ -5,7 +5,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from lightning_flows.store import load_into, load_tensors, save_tensors
+from lightning_flows.store import in_16_bits, load_into, load_tensors, save_tensors
 
 
 def tensors():
@@ -157,3 +157,30 @@ def test_a_pattern_that_fits_nothing_is_an_error():
         load_into(nn.Linear(2, 3), tensors(), reinit=["haed.*"])
     with pytest.raises(ValueError, match="is a string"):
         load_into(nn.Linear(2, 3), tensors(), reinit="bias")
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_large_tensors_are_stored_in_16_bits_and_loaded_as_float32(tmp_path, dtype, error):
+    module = nn.Linear(64, 32)
+    module.register_buffer("count", torch.arange(2000))
+    narrow = in_16_bits(module.state_dict(), dtype)
+    assert narrow["weight"].dtype == getattr(torch, dtype)
+    assert torch.equal(narrow["bias"], module.bias)  # small: as it was
+    assert narrow["count"].dtype == torch.int64
+    save_tensors(tmp_path / "w", narrow)
+    other = nn.Linear(64, 32)
+    other.register_buffer("count", torch.zeros(2000, dtype=torch.int64))
+    load_into(other, load_tensors(tmp_path / "w"))
+    assert other.weight.dtype == torch.float32
+    # relative to 2^-14, the smallest normal number of float16
+    assert ((other.weight - module.weight).abs() <= error * module.weight.abs().clamp(min=2**-14)).all()
+
+
+def test_values_that_16_bits_cannot_hold_are_named():
+    large = {"gain": torch.full((2000,), 1e5)}
+    assert in_16_bits(large, "bfloat16")["gain"].isfinite().all()
+    with pytest.raises(ValueError, match="cannot hold the values of gain") as caught:
+        in_16_bits(large, "float16")
+    assert one_sentence(caught)
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, got 'int8'"):
+        in_16_bits(large, "int8")

@@ -1,14 +1,15 @@
 """Every entry of the zoo reloads, repeats its stored outputs, and says what its licence and figures are."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.zoo_entry import OUTPUTS, outputs_of
+from benchmarks.zoo_entry import INPUTS, OUTPUTS, outputs_of
 from lightning_flows import from_pretrained
-from lightning_flows.hub import entries, figures, read_header
+from lightning_flows.hub import check_folder, entries, figures, read_header
 from lightning_flows.store import load_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,8 @@ def test_entry_is_whole_and_small(entry):
     assert (entry / "model.safetensors").stat().st_size <= 7e6
     assert read_header(entry)["license"]
     assert figures(json.loads((entry / "metrics.json").read_text()))
+    check_folder(entry)  # no codec names a place on the machine where it was made
+    assert not re.search(r":\s*['\"]?/", (entry / "recipe.yaml").read_text())  # and neither does the recipe
 
 
 def test_the_whole_zoo_is_small_enough_for_git():
@@ -35,7 +38,8 @@ def test_the_whole_zoo_is_small_enough_for_git():
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda path: path.name)
 def test_entry_repeats_its_stored_outputs(entry):
     stored = load_tensors(entry / OUTPUTS)
-    found = outputs_of(from_pretrained(entry), stored["x"], stored["t"], stored["label"])
+    found = outputs_of(from_pretrained(entry), {name: stored[name] for name in INPUTS if name in stored})
+    assert found.keys() == stored.keys() - set(INPUTS)
     for name, value in found.items():
         error = (value - stored[name]).abs().max() / stored[name].abs().max()
         assert error < 1e-4, (entry.name, name, float(error))
