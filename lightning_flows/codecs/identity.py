@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lightning_flows.codecs.base import Codec
-from lightning_flows.flow.noise import Noise
+from lightning_flows.codecs.base import Codec, Posterior
 
 
 class Identity(Codec):
     """z = x."""
 
-    def encode(self, x: Tensor, noise: Noise | torch.Generator | None = None) -> Tensor:
-        """Returns x."""
-        return x
+    def posterior(self, x: Tensor) -> Posterior:
+        """The point x."""
+        return Posterior(x)
 
     def decode(self, z: Tensor) -> Tensor:
         """Returns z."""

@@ -5,26 +5,35 @@ from lightning_flows.data.base import Batch, FlowDataModule
 from lightning_flows.data.digits import Digits
 from lightning_flows.data.folders import CaptionFolder, ImageFolder
 from lightning_flows.data.keyed import EvaluationSampler, KeyedItems, KeyedLoader, KeyedSampler
+from lightning_flows.data.latent_writer import LatentFormat, LatentWriter
+from lightning_flows.data.latents import CachedLatents
+from lightning_flows.data.lmdb import ImageLMDB
 from lightning_flows.data.masks import MaskFolder
 from lightning_flows.data.requests import Requests
 from lightning_flows.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 from lightning_flows.data.transforms import ImageTransform
+from lightning_flows.data.webdataset import WebDataset
 
 __all__ = [
     "CIFAR10",
     "MNIST",
     "Arrays",
     "Batch",
+    "CachedLatents",
     "CaptionFolder",
     "Digits",
     "EvaluationSampler",
     "FashionMNIST",
     "FlowDataModule",
     "ImageFolder",
+    "ImageLMDB",
     "ImageTransform",
     "KeyedItems",
     "KeyedLoader",
     "KeyedSampler",
+    "LatentFormat",
+    "LatentWriter",
     "MaskFolder",
     "Requests",
+    "WebDataset",
 ]

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_flows.data.keyed import Collate, EvaluationSampler, KeyedItems, KeyedLoader, KeyedSampler
 from lightning_flows.data.requests import ItemRequests
-from lightning_flows.data.transforms import ImageTransform, height_width
+from lightning_flows.data.transforms import ImageTransform, Scaling, height_width
 from lightning_flows.flow.couplings import Coupling
 from lightning_flows.flow.noise import generator_of
 from lightning_flows.store import Recorded
@@ -33,7 +33,8 @@ class Batch(TypedDict, total=False):
         label: class index, int64, (B,).
         caption: one text for each item.
         mask: class id of every pixel, int64, (B, H, W).
-        latent: encoded image, float32, (B, c, h, w).
+        latent: encoded image, the mean of its posterior, float32, (B, c, h, w).
+        latent_std: deviation of that posterior, float32, (B, c, h, w).
         video: float32 in [-1, 1], (B, T, C, H, W).
         object: whatever a 3D family reads.
         source: noise x0 coupled with the images, float32, (B, C, H, W).
@@ -46,6 +47,7 @@ class Batch(TypedDict, total=False):
     caption: list[str]
     mask: Tensor
     latent: Tensor
+    latent_std: Tensor
     video: Tensor
     object: Any
     source: Tensor
@@ -86,6 +88,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         channels: 1 (grey), 3 (RGB) or 4 (RGBA); None keeps what the files have.
         crop: ``"center"``, or ``"random"`` in training.
         flip: mirror training images (and masks) left and right with probability 1/2.
+        scaling: ``"bicubic"``, or ``"adm"``: as the published ImageNet runs scale (halvings, then bicubic), so
+            that ``crop="center"`` gives their pixels; for images of 8 bits.
         background: grey level 0..255 under transparent pixels that lose their alpha.
         val_fraction: part of the training items set aside for validation, where the data has no such split.
         test_fraction: the same for the test.
@@ -117,6 +121,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         channels: int | None = None,
         crop: Literal["center", "random"] = "center",
         flip: bool = False,
+        scaling: Scaling = "bicubic",
         background: int = 255,
         val_fraction: float = 0.0,
         test_fraction: float = 0.0,
@@ -140,7 +145,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         self.seed, self.split_seed = seed, split_seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.persistent_workers = num_workers > 0 if persistent_workers is None else persistent_workers
-        training, evaluation = ImageTransform(size, resize, crop, flip), ImageTransform(size, resize)
+        training = ImageTransform(size, resize, crop, flip, scaling)
+        evaluation = ImageTransform(size, resize, scaling=scaling)
         self.transforms = {"train": training, "val": evaluation, "test": evaluation}
         self._raw: dict[str, Dataset | None] = {}
         self._datasets: dict[str, KeyedItems | None] = {}

@@ -180,7 +180,7 @@ class Collate:
         self.coupling, self.seed = coupling, seed
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch; with a coupling also ``source``: x0 of the images' shape, (B, C, H, W).
+        """The batch; with a coupling also ``source``: x0 of the shape of the images (or cached latents), (B, C, H, W).
 
         Raises:
             ValueError: images of different shapes, or a coupling that moves the data instead of the noise.
@@ -200,7 +200,7 @@ class Collate:
             )
 
     def _source(self, batch: Mapping[str, Any]) -> Tensor:
-        x1 = batch["image"]
+        x1 = batch["image"] if "image" in batch else batch["latent"]
         epochs = batch["epoch"].tolist() if "epoch" in batch else [0] * len(x1)
         seeds = [key(self.seed, "source", e, i) for e, i in zip(epochs, batch["index"].tolist(), strict=True)]
         x0 = SampleNoise(seeds).normal("x0", like=x1)

@@ -1,15 +1,28 @@
 """Floor 3: LightningModules of the families."""
 
+from lightning_flows.modules.adversary import Adversary
+from lightning_flows.modules.autoencoder import KLAutoencoder
 from lightning_flows.modules.base import GenerativeModule
+from lightning_flows.modules.inversion import Inversion, Reconstruction, slerp
 from lightning_flows.modules.latent_flow import LatentFlowMatching
+from lightning_flows.modules.perceptual import Perceptual, TimmFeatures
 from lightning_flows.modules.pretrained import from_pretrained, init_from
+from lightning_flows.modules.publishable import Publishable
 from lightning_flows.modules.schedules import WarmupConstant, WarmupCosine
 
 __all__ = [
+    "Adversary",
     "GenerativeModule",
+    "Inversion",
+    "KLAutoencoder",
     "LatentFlowMatching",
+    "Perceptual",
+    "Publishable",
+    "Reconstruction",
+    "TimmFeatures",
     "WarmupConstant",
     "WarmupCosine",
     "from_pretrained",
     "init_from",
+    "slerp",
 ]

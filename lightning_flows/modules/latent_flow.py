@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_flows.codecs import Codec, Identity
+from lightning_flows.codecs import Codec, Identity, Posterior
 from lightning_flows.flow import (
     ClassifierFree,
     Condition,
@@ -35,15 +35,19 @@ from lightning_flows.flow import (
     seeds_from,
 )
 from lightning_flows.flow import log_prob as flow_log_prob
-from lightning_flows.modules.base import GenerativeModule, Progress, run_seed
+from lightning_flows.modules.base import GenerativeModule, Progress
+from lightning_flows.modules.cached_latents import check_latents
+from lightning_flows.modules.inversion import Inversion
+from lightning_flows.modules.publishable import run_seed
 from lightning_flows.networks import check_condition
 
 
-class LatentFlowMatching(GenerativeModule):
+class LatentFlowMatching(Inversion, GenerativeModule):
     """Flow matching in a latent space.
 
     Training regresses the objective's target at ``z = (codec.encode(x) - latent_shift) * latent_scale``; sampling
-    solves the flow from noise to z and decodes it.
+    solves the flow from noise to z and decodes it. A batch may hold the posterior of its latents (``latent`` and
+    ``latent_std``, see `data.CachedLatents`) in the place of images: the draw is the one of `codec.encode`.
 
     Args:
         network: predicts the objective's quantity: ``(x (B, C, H, W), t (B,), condition) -> (B, C, H, W)``.
@@ -102,8 +106,29 @@ class LatentFlowMatching(GenerativeModule):
 
     def losses(self, batch: Any, noise: StepNoise) -> Losses:
         """See `GenerativeModule.losses`; ``source`` in the batch is noise coupled in a data worker."""
-        z = self.encode(self.data_of(batch), noise)
+        z = self.latent_of(batch, noise)
         return self.objective(self.network, z, self.condition_of(batch), noise, x0=batch.get("source"))
+
+    @torch.no_grad()
+    def latent_of(self, batch: Any, noise: Noise | None = None) -> Tensor:
+        """The latents that the flow models, (B, C, H, W), of a batch of images or of cached latents."""
+        return (self._coded(batch, noise) - self.latent_shift) * self.latent_scale
+
+    def _coded(self, batch: Any, noise: Noise | None) -> Tensor:
+        """What the codec encodes a batch to, now or when it was cached."""
+        if "latent" not in batch:
+            return self.codec.encode(self.data_of(batch), noise)
+        return self.codec.draw(Posterior(batch["latent"], batch.get("latent_std")), noise)
+
+    def data_of(self, batch: Any) -> Tensor:
+        """The images of a batch, (B, C', H', W'); of cached latents what they decode to: reconstructions.
+
+        Raises:
+            ValueError: a batch without images and latents.
+        """
+        if "latent" in batch and "image" not in batch:
+            return self.codec.decode(batch["latent"])
+        return super().data_of(batch)
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Noise | None = None) -> Tensor:
@@ -113,6 +138,14 @@ class LatentFlowMatching(GenerativeModule):
     def decode(self, z: Tensor) -> Tensor:
         """Data of a latent, (B, C, H, W) -> (B, C', H', W'); differentiable."""
         return self.codec.decode(z / self.latent_scale + self.latent_shift)
+
+    def setup(self, stage: str) -> None:
+        """Refuses cached latents that are not this model's, before a step is taken.
+
+        Raises:
+            ValueError: latents of another codec, or of another shape.
+        """
+        check_latents(self.trainer.datamodule, self.codec, self.shape)
 
     def on_train_start(self) -> None:
         """Measures the latents once, before the first step, unless their statistics came with weights."""
@@ -140,8 +173,8 @@ class LatentFlowMatching(GenerativeModule):
             self.trainer.datamodule.train_dataloader() if self.trainer.datamodule else self.trainer.train_dataloader
         )
         for i, batch in zip(range(self.standardize), loader, strict=False):
-            x = self.data_of(self.trainer.strategy.batch_to_device(batch))
-            z = self.codec.encode(x, StepNoise(key("statistics", run_seed()), i, self.global_rank)).double()
+            noise = StepNoise(key("statistics", run_seed()), i, self.global_rank)
+            z = self._coded(self.trainer.strategy.batch_to_device(batch), noise).double()
             count = z[:, 0].numel()
             moments += torch.stack([z.new_full((len(moments[0]),), count), z.sum((0, 2, 3)), z.square().sum((0, 2, 3))])
         moments = self.trainer.strategy.reduce(moments, reduce_op="sum")
@@ -219,6 +252,8 @@ class LatentFlowMatching(GenerativeModule):
         seed: int = 0,
     ) -> Tensor:
         """Log-density in nats of what the codec encodes to: pixels for the identity, else ``codec.encode(x)``.
+
+        A density of latents is not one of pixels, and those of two codecs cannot be compared.
 
         Exact up to the solver for the exact divergence, unbiased for `flow.Hutchinson`. Gradients flow to the
         parameters and, with the identity codec, to ``x`` where they are enabled.
