@@ -10,27 +10,17 @@ covariances and cannot be NaN or complex, which matrix square roots and non-symm
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_flows.metrics.base import FeatureMetric
 from lightning_flows.metrics.features import Extractor
+from lightning_flows.metrics.reference import Gaussian, Reference, save_references
 
 _MAX_DIM = 16384  # a covariance of this size takes 2 GiB
-
-
-class Gaussian(NamedTuple):
-    """Mean ``(D,)`` and covariance ``(D, D)`` (divisor ``count - 1``) of ``count`` rows, in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
 
 
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> Tensor:
@@ -62,16 +52,16 @@ class Frechet(FeatureMetric):
     stored reference statistics. It is the oracle of our tests.
 
     Args:
-        features: the extractor; None means ``Pixels()``. ``Inception()`` makes this ``fid``.
-        reference: file written by ``save_reference``: statistics of the real items, which then need not be
-            shown (``update(x, real=True)`` is ignored).
+        features: the extractor; None means ``Pixels()``. ``Inception()`` makes this ``fid``,
+            ``Inception("spatial")`` the ``sfid`` of Nash et al. (2021).
+        reference: see `FeatureMetric`.
 
     Raises:
         ValueError: ``reference`` is missing or belongs to another extractor.
     """
 
     family = "frechet"
-    standard_name = "fid"
+    standard_names = ("fid", "sfid")
 
     real_sum: Tensor
     real_product: Tensor
@@ -81,13 +71,12 @@ class Frechet(FeatureMetric):
     sample_count: Tensor
 
     def __init__(self, features: Extractor | None = None, reference: str | None = None) -> None:
-        super().__init__(features)
+        super().__init__(features, reference)
         for which in ("real", "sample"):
             # The dimension is known at the first update: a scalar zero broadcasts to it.
             self.add_state(f"{which}_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{which}_product", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
             self.add_state(f"{which}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.reference = None if reference is None else load_reference(reference, self.extractor)
 
     def update(self, x: Tensor, real: bool) -> None:
         """Take in a batch ``x`` ``(B, C, H, W)`` or ``(B, D)`` of real items or of samples.
@@ -95,9 +84,9 @@ class Frechet(FeatureMetric):
         Raises:
             ValueError: more feature dimensions than a covariance matrix can be held for.
         """
-        if real and self.reference is not None:
+        features = self.rows(x, real)  # (B, D)
+        if features is None:
             return
-        features = self.features(x).to(self.device)  # (B, D)
         if features.shape[1] > _MAX_DIM:
             raise ValueError(
                 f"x has {features.shape[1]} features, at most {_MAX_DIM} are allowed: use another extractor"
@@ -114,7 +103,7 @@ class Frechet(FeatureMetric):
             ValueError: fewer than two items.
         """
         if real and self.reference is not None:
-            return self.reference
+            return self.reference.gaussian
         which = "real" if real else "sample"
         count = int(getattr(self, f"{which}_count"))
         if count < 2:
@@ -140,26 +129,19 @@ class Frechet(FeatureMetric):
         state = "rank deficient" if least <= dim else "estimated from fewer than 10 items per dimension"
         return f"{self.name} from {least} items with {dim} features: the covariance is {state}"
 
-    def save_reference(self, file: str | Path) -> None:
+    @property
+    def needed(self) -> int:
+        """One item more than features: below, the covariance cannot have full rank."""
+        return self.sample_sum.numel() + 1
+
+    def settings(self) -> dict[str, Any]:
+        """See `FeatureMetric.settings`."""
+        return {"dims": self.sample_sum.numel(), **super().settings()}
+
+    def known(self) -> Reference:
+        """What the real items seen give as a reference."""
+        return Reference(self.statistics(real=True), shape=self.shape)
+
+    def save_reference(self, file: str | Path, **about: str) -> None:
         """Write the real items' statistics as safetensors, whole or not at all."""
-        real, file = self.statistics(real=True), Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        tensors = {"mean": real.mean.cpu().contiguous(), "covariance": real.covariance.cpu().contiguous()}
-        save_file(tensors, partial, metadata={"extractor": self.extractor, "count": str(real.count)})
-        partial.replace(file)
-
-
-def load_reference(file: str | Path, extractor: str) -> Gaussian:
-    """Read statistics written by ``Frechet.save_reference``.
-
-    Raises:
-        ValueError: no such file, or its features come from another extractor.
-    """
-    if not Path(file).is_file():
-        raise ValueError(f"reference must be a file of Frechet statistics, got {str(file)!r}")
-    with safe_open(file, framework="pt") as stored:
-        meta = stored.metadata() or {}
-        if meta.get("extractor") != extractor:
-            raise ValueError(f"reference {file} is of {meta.get('extractor')!r}, not of {extractor!r}")
-        return Gaussian(stored.get_tensor("mean"), stored.get_tensor("covariance"), int(meta["count"]))
+        save_references(file, [(self.features, self.known())], **about)

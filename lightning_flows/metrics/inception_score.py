@@ -8,11 +8,16 @@ outside the classes of its classifier.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_flows.metrics.base import FeatureMetric, _cat
-from lightning_flows.metrics.features import Extractor, Inception
+from lightning_flows.metrics.base import FeatureMetric, _cat, in_order
+from lightning_flows.metrics.features import Extractor
+from lightning_flows.metrics.inception import Inception
+
+_ENOUGH = 5000
 
 
 class InceptionScore(FeatureMetric):
@@ -32,8 +37,9 @@ class InceptionScore(FeatureMetric):
     """
 
     family = "inception_score"
-    standard_name = "is"
+    standard_names = ("is",)
     higher_is_better = True
+    needs_real = False
 
     logits: list[Tensor]
 
@@ -58,14 +64,24 @@ class InceptionScore(FeatureMetric):
         logits = _cat(self.logits)
         if len(logits) < self.splits:
             raise ValueError(f"{self.name}: {len(logits)} samples are fewer than splits = {self.splits}")
+        logits = in_order(logits)
         order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(self.seed))
         parts = logits[order.to(logits.device)].log_softmax(1).tensor_split(self.splits)
         scores = torch.stack([_score(part) for part in parts])
         return {"mean": scores.mean(), "std": scores.std(unbiased=False)}
 
+    @property
+    def needed(self) -> int:
+        """Samples from which on the score hardly grows with their number."""
+        return _ENOUGH
+
+    def settings(self) -> dict[str, Any]:
+        """See `FeatureMetric.settings`."""
+        return {"splits": self.splits}
+
     def caution(self, real: int, samples: int) -> str | None:
         """Warn below 5,000 samples: the score grows with their number."""
-        return None if samples >= 5000 else f"{self.name} from {samples} samples: biased below some thousands"
+        return None if samples >= _ENOUGH else f"{self.name} from {samples} samples: biased below some thousands"
 
 
 def _score(log_p: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ counts, and its spread over random subsets is an error bar.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics.image.kid import poly_mmd
 
-from lightning_flows.metrics.base import StoredFeatures
+from lightning_flows.metrics.base import StoredFeatures, in_order
 from lightning_flows.metrics.features import Extractor
 
 
@@ -29,13 +31,14 @@ class KernelDistance(StoredFeatures):
         subset_size: items of each set in a subset; reduced to the smaller set where that has fewer.
         degree: degree of the polynomial.
         seed: seed of the subsets.
+        reference: see `FeatureMetric`; it must hold the features.
 
     Raises:
         ValueError: ``subsets``, ``subset_size`` or ``degree`` is too small.
     """
 
     family = "kernel"
-    standard_name = "kid"
+    standard_names = ("kid",)
 
     def __init__(
         self,
@@ -45,8 +48,9 @@ class KernelDistance(StoredFeatures):
         subset_size: int = 1000,
         degree: int = 3,
         seed: int = 0,
+        reference: str | None = None,
     ) -> None:
-        super().__init__(features)
+        super().__init__(features, reference)
         given = (("subsets", subsets, 1), ("subset_size", subset_size, 2), ("degree", degree, 1))
         for name, value, least in given:
             if value < least:
@@ -55,7 +59,7 @@ class KernelDistance(StoredFeatures):
 
     def compute(self) -> dict[str, Tensor]:
         """``{"mean", "std"}`` of the squared discrepancy over subsets; unbiased, so it can be negative."""
-        real, samples = self.sets(least=2)
+        real, samples = (in_order(rows) for rows in self.sets(least=2))
         size = min(self.subset_size, len(real), len(samples))
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -71,3 +75,12 @@ class KernelDistance(StoredFeatures):
         if least >= self.subset_size:
             return None
         return f"{self.name} from {least} items: subsets of {self.subset_size} are reduced to {least}"
+
+    @property
+    def needed(self) -> int:
+        """A whole subset."""
+        return self.subset_size
+
+    def settings(self) -> dict[str, Any]:
+        """See `FeatureMetric.settings`."""
+        return {"subsets": self.subsets, "subset_size": self.subset_size, **super().settings()}

@@ -13,12 +13,15 @@ With ``B(x_i)`` the closed ball around ``x_i`` that reaches its k-th nearest nei
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_flows.metrics.base import StoredFeatures
 from lightning_flows.metrics.features import Extractor
 
+_PER_NEIGHBOUR = 20  # items for each neighbour asked for: with fewer, a ball covers much of the set
 _ROWS = 1024  # rows of a distance matrix held at once
 
 
@@ -27,7 +30,9 @@ class PRDC(StoredFeatures):
 
     Args:
         features: the extractor; None means ``Pixels()``.
-        nearest: the k of the k-th nearest neighbour (3 in Kynkaanniemi et al., 5 in Naeem et al.).
+        nearest: the k of the k-th nearest neighbour (3 in Kynkaanniemi et al. and in the evaluation suite of ADM,
+            5 in Naeem et al.).
+        reference: see `FeatureMetric`; it must hold the features.
 
     Raises:
         ValueError: ``nearest`` below 1.
@@ -36,8 +41,8 @@ class PRDC(StoredFeatures):
     family = "prdc"
     higher_is_better = True
 
-    def __init__(self, features: Extractor | None = None, *, nearest: int = 5) -> None:
-        super().__init__(features)
+    def __init__(self, features: Extractor | None = None, *, nearest: int = 5, reference: str | None = None) -> None:
+        super().__init__(features, reference)
         if nearest < 1:
             raise ValueError(f"nearest must be at least 1, got {nearest}")
         self.nearest = nearest
@@ -47,8 +52,19 @@ class PRDC(StoredFeatures):
         real, samples = self.sets(least=self.nearest + 1)
         return prdc_scores(real, samples, self.nearest)
 
+    @property
+    def needed(self) -> int:
+        """Items of each set for balls that are small against it."""
+        return _PER_NEIGHBOUR * self.nearest
+
+    def settings(self) -> dict[str, Any]:
+        """See `FeatureMetric.settings`."""
+        return {"nearest": self.nearest, **super().settings()}
+
     def caution(self, real: int, samples: int) -> str | None:
-        """Warn when the sets differ much in size: all four depend on both sizes."""
+        """Warn when a set is small or the two differ much in size: all four depend on both sizes."""
+        if min(real, samples) < self.needed:
+            return f"{self.name} from {real} real items and {samples} samples: {self.needed} of each are needed"
         if max(real, samples) <= 2 * min(real, samples):
             return None
         return f"{self.name} from {real} real items and {samples} samples: comparable only at equal sizes"

@@ -13,6 +13,8 @@ W(theta) lies between two quadratic forms theta' A theta whose mean over directi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ class SlicedWasserstein(StoredFeatures):
         control: control variate, ``"none"``, ``"lower"`` or ``"upper"``.
         coefficient: see ``sliced_wasserstein_squared``.
         seed: seed of the directions.
+        reference: see `FeatureMetric`; it must hold the features.
 
     Raises:
         ValueError: ``directions``, ``control`` or ``coefficient`` is not allowed.
@@ -48,8 +51,9 @@ class SlicedWasserstein(StoredFeatures):
         control: str = "lower",
         coefficient: str = "split",
         seed: int = 0,
+        reference: str | None = None,
     ) -> None:
-        super().__init__(features)
+        super().__init__(features, reference)
         _check(directions, control, coefficient)
         self.directions, self.control, self.coefficient, self.seed = directions, control, coefficient, seed
 
@@ -63,6 +67,10 @@ class SlicedWasserstein(StoredFeatures):
             coefficient=self.coefficient,
         )
         return squared.clamp(min=0).sqrt()
+
+    def settings(self) -> dict[str, Any]:
+        """See `FeatureMetric.settings`."""
+        return {"directions": self.directions, "control": self.control, **super().settings()}
 
 
 def sliced_wasserstein_squared(

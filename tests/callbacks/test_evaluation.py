@@ -114,6 +114,7 @@ def test_a_test_logs_and_writes_every_value_with_its_setting(tmp_path, monkeypat
     block = _read(tmp_path)["test"]
     entry = block["values"]["gap"]
     assert entry.pop("device") == "cpu"
+    assert entry.pop("precision") == "32-true"
     assert entry == {
         "value": 1.0, "real": 12, "samples": 12, "extractor": "mean", "seed": 11, "guidance_scale": 1.0,
         "guidance": None, "solver": None, "steps": 4, "nfe": 8, "seconds_per_sample": 1.5 / 12,
@@ -138,8 +139,8 @@ def test_a_second_test_starts_from_empty_metrics(tmp_path):
     assert _read(tmp_path)["test"]["values"]["gap"]["samples"] == 8
 
 
-def test_max_samples_bounds_the_samples_and_not_the_real_items(tmp_path):
-    _trainer(tmp_path, Evaluation([Gap()], max_samples=6)).test(Toy(), _loader(), verbose=False)
+def test_samples_bounds_the_samples_and_not_the_real_items(tmp_path):
+    _trainer(tmp_path, Evaluation([Gap()], samples=6)).test(Toy(), _loader(), verbose=False)
     entry = _read(tmp_path)["test"]["values"]["gap"]
     assert (entry["real"], entry["samples"]) == (12, 6)
     assert entry["value"] == pytest.approx(3.5 - 5.5)  # samples 1..6 against 0..11
@@ -217,7 +218,7 @@ def test_an_output_that_a_metric_needs_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"max_samples": 0}, "max_samples must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
         ({"on": "train"}, "on must be 'test' or 'validation'"),
         ({"metrics": [Gap(), Gap()]}, "metrics must have different names"),
