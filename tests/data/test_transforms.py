@@ -127,3 +127,29 @@ def test_broken_and_missing_images_are_named(tmp_path):
 def test_channels_must_be_known():
     with pytest.raises(ValueError, match="channels"):
         convert_channels(picture("RGB"), 2)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(97, 141, 16), (40, 33, 16), (31, 31, 16), (9, 7, 16)])
+def test_adm_scaling_is_the_published_centre_crop(height, width, size):
+    """Halve by boxes while the half covers, bicubic, centre: written out with Pillow."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
+    ratio = size / min(picture.size)
+    picture = picture.resize(tuple(round(side * ratio) for side in picture.size), Image.Resampling.BICUBIC)
+    top, left = (picture.height - size) // 2, (picture.width - size) // 2
+    wanted = np.asarray(picture)[top : top + size, left : left + size]
+    item = ImageTransform(size=size, scaling="adm")({"image": torch.from_numpy(pixels).permute(2, 0, 1)})
+    assert torch.equal(item["image"], torch.from_numpy(wanted.copy()).permute(2, 0, 1).float() / 127.5 - 1)
+
+
+def test_adm_scaling_moves_masks_along_and_needs_8_bits():
+    with pytest.raises(ValueError, match="scaling must be one of"):
+        ImageTransform(size=4, scaling="box")
+    with pytest.raises(ValueError, match="scaling='adm' needs images of 8 bits"):
+        ImageTransform(size=2, scaling="adm")({"image": torch.zeros(3, 8, 8)})
+    mask = torch.arange(16).reshape(4, 4).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    both = {"image": (mask * 10).to(torch.uint8)[None], "mask": mask}
+    item = ImageTransform(size=4, scaling="adm")(both)
+    assert torch.equal(((item["image"][0] + 1) * 12.75).round().long(), item["mask"])
