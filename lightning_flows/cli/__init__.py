@@ -20,6 +20,8 @@ with a recipe (lightning-flows VERB --help):
   validate   validation losses of a run or of published weights
   test       distances, bits/dim ... printed and written to metrics.json
   predict    samples:   lightning-flows predict -c RECIPE --ckpt_path last --data.labels='[0,1,2]' --data.seed=7
+  encode     latents, once:  lightning-flows encode -c RECIPE --out FOLDER
+  statistics of the real images, for test --reference FILE:  lightning-flows statistics -c RECIPE --out FILE
 
 with weights (lightning-flows VERB --help):
   zoo        table of the published models: id, family, data, metric, size, licence

@@ -12,19 +12,18 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from torchmetrics import Metric
 
 import lightning_flows.callbacks
 import lightning_flows.codecs
 import lightning_flows.data
 import lightning_flows.metrics
 import lightning_flows.modules  # noqa: F401  (imported classes have short names)
-from lightning_flows.callbacks import Evaluation, PredictionWriter, SamplingProgress
-from lightning_flows.cli import runs
-from lightning_flows.codecs import Identity
+from lightning_flows.callbacks import PredictionWriter, SamplingProgress
+from lightning_flows.cli import evaluation, runs
+from lightning_flows.cli.global_batch import check_global_batch
 from lightning_flows.data import Requests
-from lightning_flows.metrics import BitsPerDim, Frechet, NatsPerDim, Pixels, SlicedWasserstein
-from lightning_flows.modules import GenerativeModule, init_from
+from lightning_flows.modules import Publishable, init_from
+from lightning_flows.store import check, read_config, resolve
 
 # Said by Lightning of itself or of choices that are made here; a reader of the log can do nothing about them.
 KNOWN_WARNINGS = (
@@ -64,6 +63,12 @@ class FlowsCLI(LightningCLI):
         """The options of the run, beside those of model, data and trainer."""
         parser.add_argument("--run_name", type=str | None, default=None, help="The run's folder is runs/RUN_NAME.")
         parser.add_argument(
+            "--global_batch",
+            type=int | None,
+            default=None,
+            help="fit: samples in one optimizer step over all devices; a run with another number stops.",
+        )
+        parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
@@ -81,6 +86,7 @@ class FlowsCLI(LightningCLI):
             default=None,
             help="validate, test, predict: published weights: a folder, a zoo id or org/name[@revision].",
         )
+        evaluation.add_options(parser)
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would lay the checkpoint's hyperparameters over the command line; the recipe says what is built.
@@ -154,34 +160,29 @@ class FlowsCLI(LightningCLI):
         """The trainer, with the callbacks without which a verb would leave nothing behind."""
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
-        for callback in self._needed_callbacks():
+        for callback in self._needed_callbacks(callbacks):
             if not any(_does_the_same(given, callback) for given in callbacks):
                 callbacks.append(callback)
         config["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 
-    def _needed_callbacks(self) -> list[L.Callback]:
+    def _needed_callbacks(self, given: list[L.Callback]) -> list[L.Callback]:
         if self.subcommand == "predict":
             return [PredictionWriter(), SamplingProgress()]
         if self.subcommand == "test":
-            return [Evaluation(metrics=self._usual_metrics())]
+            options = self.config_init[self.subcommand]
+            return evaluation.usual_callbacks(options, self.model, self.datamodule, given)
         if self.subcommand == "fit":
             from lightning.pytorch.callbacks import ModelCheckpoint
 
             return [ModelCheckpoint(dirpath=self.folder / "checkpoints", save_last=True)]
         return []
 
-    def _usual_metrics(self) -> list[Metric]:
-        """Distances in pixels, and the likelihood in the unit that the model's space allows."""
-        metrics: list[Metric] = [Frechet(Pixels()), SlicedWasserstein()]
-        levels = getattr(self.datamodule, "levels", None)
-        if not isinstance(getattr(self.model, "codec", None), Identity):
-            return [*metrics, NatsPerDim()]
-        return [*metrics, BitsPerDim(levels)] if levels else metrics
-
     def after_instantiate_classes(self) -> None:
         """Loads weights into the model that the recipe describes; what does not fit is named in one sentence."""
         options = self.options
+        if self.subcommand == "fit":
+            check_global_batch(options.global_batch, self.trainer, self.datamodule)
         if self.subcommand != "fit":  # weights alone: Lightning would read the whole checkpoint, with worse words
             init_from(self.model, options.weights or options.ckpt_path)
             self.config_init[self.subcommand].ckpt_path = None
@@ -205,17 +206,17 @@ def run(args: Sequence[str]) -> FlowsCLI:
     Raises:
         ValueError: what the command line says does not go together.
     """
-    args = runs.spelled_out(args)
-    recipe = None
-    for place in runs.recipes_of(args):
-        recipe = runs.find_recipe(args[place])
-        args[place] = _requests_instead(recipe) if args[0] == "predict" else str(recipe)
+    args, recipe = runs.spelled_out(args), None
+    if args[0] != "fit" and (weights := runs.weights_alone(args)) is not None:
+        args[1:1] = ["--config", _model_of(weights)]
+    else:
+        recipe = _settle_recipes(args)
     for known in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
     return FlowsCLI(
         recipe,
         args=args,
-        model_class=GenerativeModule,
+        model_class=Publishable,
         datamodule_class=Requests if args[0] == "predict" else L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=args[0] != "predict",
@@ -226,6 +227,22 @@ def run(args: Sequence[str]) -> FlowsCLI:
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         parser_kwargs={"parser_mode": "omegaconf"},
     )
+
+
+def _settle_recipes(args: list[str]) -> Path | None:
+    """Puts files, or what is left of them for ``predict``, in the place of recipes in ``args``; the last one."""
+    recipe = None
+    for place in runs.recipes_of(args):
+        recipe = runs.find_recipe(args[place])
+        args[place] = _requests_instead(recipe) if args[0] == "predict" else str(recipe)
+    return recipe
+
+
+def _model_of(weights: str) -> str:
+    """Text of a recipe with the model of published weights alone."""
+    config = read_config(resolve(weights))
+    check(config, Publishable)
+    return yaml.safe_dump({"run_name": weights.rstrip("/").rpartition("/")[2], "model": config}, sort_keys=False)
 
 
 def _requests_instead(recipe: Path) -> str:

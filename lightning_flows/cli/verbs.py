@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 
@@ -26,6 +26,7 @@ def export(
     ckpt_path: str = "last",
     summary: str = "",
     command: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> str:
     """Write a run as a folder of weights that from_pretrained, push and predict read.
 
@@ -36,12 +37,14 @@ def export(
         ckpt_path: checkpoint file, or last.
         summary: what the model is, in a few sentences, for the card.
         command: shell command that gives the card's figures again.
+        dtype: in which large tensors are stored; they are loaded as float32.
     """
     from lightning_flows.hub.export import export_run
 
     folder = Path(run) if Path(run).is_dir() else runs.ROOT / run
     ckpt = runs.newest_last(folder) if ckpt_path == "last" else Path(ckpt_path)
-    return f"wrote {export_run(folder, Path(out), licence=licence, ckpt=ckpt, summary=summary, command=command)}"
+    about = {"licence": licence, "summary": summary, "command": command, "dtype": dtype}
+    return f"wrote {export_run(folder, Path(out), ckpt=ckpt, **about)}"
 
 
 def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> str:
@@ -64,27 +67,37 @@ def convert(
     out: str,
     weights: str | None = None,
     num_heads: int | None = None,
+    head_channels: int | None = None,
+    qkv_order: str | None = None,
     input_size: list[int] | None = None,
     label_dropout: float | None = None,
+    scaling_factor: float | None = None,
 ) -> str:
     """Turn an official checkpoint into a folder that from_pretrained reads.
 
     Args:
-        format: lfm-dit, sit or dit.
-        file: the downloaded .pth, .pt or .safetensors.
+        format: lfm-dit, lfm-adm, lfm-edm, sit, dit, guided-diffusion, guided-diffusion-cosine, diffusers-vae, or
+            to-diffusers-vae for an autoencoder of ours.
+        file: the downloaded .pth, .pt or .safetensors; for autoencoders a folder.
         out: folder to write.
         weights: ema or raw, where the file holds both.
         num_heads: attention heads, where the width of the network does not tell.
-        input_size: height and width of a latent, where they differ.
+        head_channels: channels of an attention head, for U-Nets.
+        qkv_order: head or kind, how a U-Net of guided diffusion writes q, k and v.
+        input_size: height and width of what the network reads, where the file does not tell.
         label_dropout: of the training; above 0 the last row of the label table means no label.
+        scaling_factor: of to-diffusers-vae, what its users multiply latents by.
     """
     from lightning_flows.hub.convert import convert as run
 
     given = {
         "weights": weights,
         "num_heads": num_heads,
+        "head_channels": head_channels,
+        "qkv_order": qkv_order,
         "input_size": tuple(input_size) if input_size else None,
         "label_dropout": label_dropout,
+        "scaling_factor": scaling_factor,
     }
     folder = run(format, file, out, **{name: value for name, value in given.items() if value is not None})
     return f"wrote {folder}"
@@ -101,4 +114,18 @@ def _verb(function: Callable[..., str]) -> Callable[[Sequence[str]], Any]:
     return call
 
 
+def _encode(args: Sequence[str]) -> str:
+    from lightning_flows.cli.encode import encode
+
+    return encode(args)
+
+
+def _statistics(args: Sequence[str]) -> str:
+    from lightning_flows.cli.statistics import statistics
+
+    return statistics(args)
+
+
 VERBS = {function.__name__: _verb(function) for function in (zoo, export, push, convert)}
+VERBS["encode"] = _encode
+VERBS["statistics"] = _statistics

@@ -129,3 +129,16 @@ def test_a_missing_recipe_is_named():
 def test_a_recipe_with_an_equals_sign_is_the_same_recipe(in_run):
     message = refused(["fit", "--config=configs/lfm/digits.yaml", *SMALL])
     assert "runs/digits already holds a run" in message
+
+
+@pytest.mark.parametrize("words", [["--weights", "lfm-digits"], ["--weights=lfm-digits"]])
+def test_weights_alone_say_what_the_model_is(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    dispatch(["predict", *words, "--data.labels=[3]", "--trainer.enable_progress_bar=false"])
+    (picture,) = (tmp_path / "runs/lfm-digits/predictions").glob("0*.png")
+    assert Image.open(picture).size == (8, 8)
+
+
+def test_weights_alone_are_no_run_and_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nowhere" in refused(["predict", "--weights", "nowhere"])
