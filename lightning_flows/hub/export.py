@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from lightning import Trainer
 
 from lightning_flows.hub.cards import METRICS, card
 from lightning_flows.modules.pretrained import read_checkpoint
-from lightning_flows.store import check, in_16_bits, save_folder
+from lightning_flows.store import build, check, config_of, in_16_bits, save_folder
 
 RECIPE = "recipe.yaml"
 RUN_CONFIG = "config.yaml"
@@ -55,6 +59,8 @@ def export_run(
         raise ValueError(f"{run} holds no {RUN_CONFIG}: it is not the folder of a fit")
     config, tensors = read_checkpoint(ckpt)
     check(config)
+    with torch.device("meta"):
+        config = config_of(build(config))  # arguments that are younger than the run get their defaults
     if dtype != "float32":
         tensors = in_16_bits(tensors, dtype)
     options = yaml.safe_load((run / RUN_CONFIG).read_text())
@@ -78,7 +84,9 @@ def export_run(
 
 
 def recipe_of(options: Mapping[str, Any]) -> str:
-    """YAML of a run's configuration without what belongs to one run or one machine, and without nulls.
+    """YAML of a run's configuration without what belongs to one run or one machine.
+
+    Nulls that are defaults are left out, others stay.
 
     Data under the folder that ``LIGHTNING_FLOWS_DATA`` names are written as recipes write them:
     ``${oc.env:LIGHTNING_FLOWS_DATA,data}/...``.
@@ -89,7 +97,8 @@ def recipe_of(options: Mapping[str, Any]) -> str:
         callback.get("init_args", {}).pop("dirpath", None)
     if root := os.environ.get(_DATA, "").rstrip("/"):
         kept["data"] = _by_name(kept.get("data"), root)
-    return yaml.safe_dump(_without_null(kept), sort_keys=False, width=110)
+    said = _said(kept, {}) | {"trainer": _said(kept["trainer"], _defaults(Trainer))}
+    return yaml.safe_dump(said, sort_keys=False, width=110)
 
 
 def _by_name(value: Any, root: str) -> Any:
@@ -102,10 +111,35 @@ def _by_name(value: Any, root: str) -> Any:
     return f"${{oc.env:{_DATA},data}}{value[len(root) :]}" if inside else value
 
 
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
+def _said(value: Any, defaults: Mapping[str, Any]) -> Any:
+    """The value without those nulls that are the defaults of its class (of unknown arguments: without nulls)."""
+    if isinstance(value, list):
+        return [_said(item, {}) for item in value]
+    if not isinstance(value, dict):
+        return value
+    inside = {"init_args": _defaults(_class_of(value["class_path"]))} if "class_path" in value else {}
+    return {
+        key: _said(item, inside.get(key, {}))
+        for key, item in value.items()
+        if item is not None or defaults.get(key) is not None
+    }
+
+
+def _defaults(cls: type | None) -> dict[str, Any]:
+    """Defaults of a constructor's arguments, those of its base classes included."""
+    parents = [] if cls is None else [base for base in cls.__mro__ if "__init__" in vars(base)]
+    found: dict[str, Any] = {}
+    for base in reversed(parents):
+        try:
+            found |= {name: p.default for name, p in inspect.signature(base.__init__).parameters.items()}
+        except (TypeError, ValueError):  # a constructor in C has no signature
+            continue
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+
+
+def _class_of(path: str) -> type | None:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)  # what the run used is imported
 
 
 def _data_name(options: Mapping[str, Any]) -> str:
