@@ -23,7 +23,7 @@ def recipes_of(args: Sequence[str]) -> list[int]:
 
 def weights_alone(args: Sequence[str]) -> str | None:
     """Value of ``--weights`` where neither a recipe nor a model is named: then the weights say what the model is."""
-    if recipes_of(args) or any(arg.startswith("--model") for arg in args):
+    if recipes_of(args) or any(arg.partition("=")[0] == "--model" for arg in args):
         return None
     spelled = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--weights=") else [arg])]
     return spelled[spelled.index("--weights") + 1] if "--weights" in spelled[:-1] else None

@@ -8,6 +8,8 @@ With the autoencoder's own latent :math:`u = E(x)` and decoder D,
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -126,14 +128,36 @@ class FrozenCodec(Codec):
         return self._network
 
     def read_settings(self) -> dict[str, Any]:
-        """The autoencoder's config, without its weights."""
-        return dict(self._diffusers().load_config(self.repo, **self._where()))
+        """The autoencoder's config, without its weights.
+
+        Raises:
+            ValueError: it is nowhere to be found, or cannot be fetched.
+        """
+        with self._named():
+            return dict(self._diffusers().load_config(self.repo, **self._where()))
 
     def load(self) -> nn.Module:
-        """The autoencoder with its weights, float32, on the CPU."""
-        return self._diffusers().from_pretrained(
-            self.repo, torch_dtype=torch.float32, use_safetensors=True, **self._where()
-        )
+        """The autoencoder with its weights, float32, on the CPU.
+
+        Raises:
+            ValueError: they are nowhere to be found, or cannot be fetched.
+        """
+        with self._named():
+            return self._diffusers().from_pretrained(
+                self.repo, torch_dtype=torch.float32, use_safetensors=True, **self._where()
+            )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says which autoencoder could not be read, and what else would do."""
+        try:
+            yield
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"the autoencoder {self.repo!r} of the codec cannot be loaded ({reason}). Give a folder with it: "
+                "repo=FOLDER, on the command line --model.init_args.codec.init_args.repo FOLDER"
+            ) from error
 
     def _diffusers(self) -> Any:
         import diffusers  # here: heavy, and needed by few

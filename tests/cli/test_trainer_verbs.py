@@ -134,7 +134,9 @@ def test_a_recipe_with_an_equals_sign_is_the_same_recipe(in_run):
 @pytest.mark.parametrize("words", [["--weights", "lfm-digits"], ["--weights=lfm-digits"]])
 def test_weights_alone_say_what_the_model_is(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    dispatch(["predict", *words, "--data.labels=[3]", "--trainer.enable_progress_bar=false"])
+    fewer = "--model.init_args.steps=3"
+    cli = dispatch(["predict", *words, fewer, "--data.labels=[3]", "--trainer.enable_progress_bar=false"])
+    assert cli.model.steps == 3
     (picture,) = (tmp_path / "runs/lfm-digits/predictions").glob("0*.png")
     assert Image.open(picture).size == (8, 8)
 

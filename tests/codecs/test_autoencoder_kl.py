@@ -135,6 +135,15 @@ def test_weights_load_at_first_use_only(folder, monkeypatch, x):
     assert calls[0]["use_safetensors"] is True
 
 
+@pytest.mark.parametrize("use", [lambda codec: codec.settings, lambda codec: codec.network()])
+def test_an_autoencoder_that_is_nowhere_is_named_with_a_way_out(tmp_path, monkeypatch, use):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    for repo in (str(tmp_path / "empty"), "nobody/nothing"):
+        with pytest.raises(ValueError, match=r"autoencoder '.*' of the codec cannot be loaded.*--model\.init_args"):
+            use(AutoencoderKL(repo))
+
+
 def test_copies_share_the_network_and_pickles_leave_it_out(codec, x):
     z = codec.encode(x)
     assert copy.deepcopy(codec).network() is codec.network()
