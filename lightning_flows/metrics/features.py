@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -153,7 +154,7 @@ class Features(Extractor):
         return self.module(x.to(weight.dtype))
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module, ABC):
     """A network that several extractors read at different layers, in one pass for all of them."""
 
     def __init__(self) -> None:
@@ -161,9 +162,9 @@ class Trunk(nn.Module):
         self.layers: set[str] = set()
         self._last = Memory()
 
+    @abstractmethod
     def outputs(self, x: Tensor, layers: set[str]) -> Mapping[str, Tensor]:
         """What the network gives at some of its layers, each ``(B, ...)``."""
-        raise NotImplementedError(f"{type(self).__name__} has to define outputs(x, layers)")
 
     def forward(self, x: Tensor, layer: str) -> Tensor:
         """Features of ``x`` at one layer."""
@@ -178,7 +179,7 @@ class Trunk(nn.Module):
 _SHARED: weakref.WeakValueDictionary[Any, Trunk] = weakref.WeakValueDictionary()
 
 
-class LayerExtractor(Extractor):
+class LayerExtractor(Extractor, ABC):
     """An extractor that reads one layer of a `Trunk`, which it shares with others of the same weights."""
 
     def __init__(self, layer: str) -> None:
@@ -186,13 +187,13 @@ class LayerExtractor(Extractor):
         self.layer = layer
         self.network: Trunk | None = None
 
+    @abstractmethod
     def key(self) -> tuple[Any, ...]:
         """Says which network it is: extractors of one key share it."""
-        raise NotImplementedError(f"{type(self).__name__} has to define key()")
 
+    @abstractmethod
     def load(self) -> Trunk:
         """The network, frozen."""
-        raise NotImplementedError(f"{type(self).__name__} has to define load()")
 
     def prepare(self) -> None:
         """See `Extractor.prepare`."""

@@ -10,15 +10,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 WINDOW = 11
 
 
-class PeakSignalToNoise(Metric):
-    """Peak signal-to-noise ratio in dB: ``-10 log10`` of the squared error pooled over all values, range [0, 1].
-
-    Takes images in [-1, 1] and their reconstructions, which are clipped.
-    """
+class _Pairs(Metric):
+    """A sum over pairs of an image and its reconstruction, and a count; larger values are better."""
 
     full_state_update = False
     higher_is_better = True
-    name = "psnr"
     consumes = ("real", "sample")
 
     total: Tensor
@@ -28,6 +24,15 @@ class PeakSignalToNoise(Metric):
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+
+class PeakSignalToNoise(_Pairs):
+    """Peak signal-to-noise ratio in dB: ``-10 log10`` of the squared error pooled over all values, range [0, 1].
+
+    Takes images in [-1, 1] and their reconstructions, which are clipped.
+    """
+
+    name = "psnr"
 
     def update(self, real: Tensor, sample: Tensor) -> None:
         """Take in images and reconstructions, both (B, C, H, W).
@@ -46,7 +51,7 @@ class PeakSignalToNoise(Metric):
         return -10 * (self.total / self.count).log10()
 
 
-class StructuralSimilarity(Metric):
+class StructuralSimilarity(_Pairs):
     """Mean structural similarity of images and their reconstructions, in [-1, 1].
 
     The window is the usual Gaussian of deviation 1.5 over 11 pixels, and a box where an image is smaller than that.
@@ -55,18 +60,7 @@ class StructuralSimilarity(Metric):
     Simoncelli, 2004).
     """
 
-    full_state_update = False
-    higher_is_better = True
     name = "ssim"
-    consumes = ("real", "sample")
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, real: Tensor, sample: Tensor) -> None:
         """Take in images in [-1, 1] and reconstructions, both (B, C, H, W)."""
