@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from omegaconf import OmegaConf
 
 import lightning_flows.codecs
 import lightning_flows.data  # noqa: F401  (imported classes have short names)
@@ -98,17 +97,8 @@ def _codec_and_data(recipe: Path) -> str:
     Raises:
         ValueError: it is not YAML, or there is no codec.
     """
-    try:
-        content = OmegaConf.create(recipe.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{recipe} is not YAML: {error}") from error
-    codec, data = (_resolved(OmegaConf.select(content, name)) for name in ("model.init_args.codec", "data"))
-    if "model" in content and codec is None:
+    model, codec, data = runs.blocks_of(recipe, ("model", "model.init_args.codec", "data")).values()
+    if model is not None and codec is None:
         raise ValueError(f"{recipe}: the model has no codec, it works on the data itself: there is nothing to encode")
     blocks = {"model": {"init_args": {"codec": codec}} if codec else None, "data": data}
     return yaml.safe_dump({name: block for name, block in blocks.items() if block}, sort_keys=False)
-
-
-def _resolved(node: Any) -> Any:
-    """A block of a recipe with its interpolations filled in."""
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path("runs")
 ASSETS = Path(__file__).parent.parent / "_assets"
@@ -39,6 +40,23 @@ def find_recipe(path: str) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(f"the recipe {path} does not exist, neither here nor among those of the package")
+
+
+def blocks_of(recipe: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Some blocks of a recipe by their dotted places, interpolations filled in; None for those that it lacks.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    import yaml  # here: the small verbs do not wait for these
+    from omegaconf import OmegaConf
+
+    try:
+        content: Any = OmegaConf.create(recipe.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} is not YAML: {error}") from error
+    found = {name: OmegaConf.select(content, name) for name in names}
+    return {n: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for n, v in found.items()}
 
 
 def name_of(recipe: Path | None) -> str:

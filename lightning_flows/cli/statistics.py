@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -137,7 +136,5 @@ def _parser() -> ArgumentParser:
 
 def _blocks(recipe: Path) -> str:
     """Text of a recipe with everything else left out."""
-    content: Any = OmegaConf.create(recipe.read_text(encoding="utf-8"))
-    kept = {name: OmegaConf.select(content, name) for name in READ}
-    blocks = {name: OmegaConf.to_container(block, resolve=True) for name, block in kept.items() if block is not None}
-    return yaml.safe_dump(blocks, sort_keys=False)
+    blocks = runs.blocks_of(recipe, READ)
+    return yaml.safe_dump({name: block for name, block in blocks.items() if block is not None}, sort_keys=False)

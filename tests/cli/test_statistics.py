@@ -114,3 +114,9 @@ def test_large_images_are_compared_small():
         shape = (3, 64, 64)
 
     assert usual_extractor(Large()).name == usual_extractor(None).name == "pixels-32"
+
+
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data: {")
+    with pytest.raises(SystemExit, match=r"recipe\.yaml is not YAML: while parsing"):
+        main(["statistics", "-c", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "out.safetensors")])
