@@ -93,7 +93,7 @@ class KLAutoencoder(Publishable):
 
     def losses(self, batch: Any, noise: StepNoise) -> Losses:
         """Per-sample losses without the adversary's term; logs hold each term, (B,), unweighted."""
-        return self._losses(batch["image"], noise)[0]
+        return self._losses(self.data_of(batch), noise)[0]
 
     def _losses(self, x: Tensor, noise: Noise) -> tuple[Losses, Tensor]:
         mean, log_variance = self.network.encode_moments(x)
@@ -114,12 +114,13 @@ class KLAutoencoder(Publishable):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         """Loss of a batch; with an adversary, a step of both optimizers. Logs ``train/loss`` and its terms."""
-        losses, y = self._losses(batch["image"], self.training_noise())
+        x = self.data_of(batch)
+        losses, y = self._losses(x, self.training_noise())
         loss = losses.loss.mean()
         self._log("train", losses)
         if self.adversary is None:
             return loss
-        self._take_turns(batch["image"], y, loss)
+        self._take_turns(x, y, loss)
         return None
 
     def _take_turns(self, x: Tensor, y: Tensor, loss: Tensor) -> None:
@@ -174,7 +175,7 @@ class KLAutoencoder(Publishable):
     @torch.no_grad()
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Images beside their reconstructions from the posterior's mean, clipped to [-1, 1], and that mean."""
-        x = batch["image"]
+        x = self.data_of(batch)
         start = clock(x.device)
         z = self.encode(x)
         sample = self.decode(z).float().clamp(-1, 1)

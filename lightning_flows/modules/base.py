@@ -172,16 +172,6 @@ class GenerativeModule(Publishable):
             "seconds": seconds,
         }
 
-    def data_of(self, batch: Any) -> Tensor:
-        """The data of a batch, shape (B, C, H, W).
-
-        Raises:
-            ValueError: a batch without images.
-        """
-        if "image" not in batch:
-            raise ValueError(f"the batch has no 'image', only {sorted(batch)}")
-        return batch["image"]
-
     def condition_of(self, batch: Any) -> Condition | None:
         """The condition that the network takes, from the keys of a batch; None where it takes none."""
         if "label" in getattr(self.network, "streams", ()) and batch.get("label") is not None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_flows.flow import StepNoise
 from lightning_flows.modules.pretrained import from_pretrained
@@ -64,6 +64,16 @@ class Publishable(L.LightningModule, Recorded):
             return optimizer
         scheduler = self.make_lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def data_of(self, batch: Any) -> Tensor:
+        """The data of a batch, shape (B, C, H, W).
+
+        Raises:
+            ValueError: a batch without images.
+        """
+        if "image" not in batch:
+            raise ValueError(f"the batch has no 'image', only {sorted(batch)}")
+        return batch["image"]
 
     # ------------------------------------------------------------------ saving
 

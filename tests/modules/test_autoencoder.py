@@ -217,3 +217,8 @@ def test_bad_arguments_are_named(options, word):
 def test_it_does_not_sample():
     with pytest.raises(ValueError, match="does not sample"):
         model().predict_step({"id": ["a"]}, 0)
+
+
+def test_a_batch_without_images_is_named():
+    with pytest.raises(ValueError, match=r"no 'image', only \['latent'\]"):
+        model().losses({"latent": torch.zeros(1, 2, 4, 4)}, NOISE)
