@@ -242,7 +242,8 @@ def _model_of(weights: str) -> str:
     """Text of a recipe with the model of published weights alone."""
     config = read_config(resolve(weights))
     check(config, Publishable)
-    return yaml.safe_dump({"run_name": weights.rstrip("/").rpartition("/")[2], "model": config}, sort_keys=False)
+    name = Path(weights).resolve().name if Path(weights).is_dir() else weights.rpartition("/")[2]
+    return yaml.safe_dump({"run_name": name, "model": config}, sort_keys=False)
 
 
 def _requests_instead(recipe: Path) -> str:

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from lightning_flows.cli import dispatch, main
-from lightning_flows.store import config_of
+from lightning_flows.store import config_of, resolve
 from tests.cli.conftest import RECIPE, SMALL
 
 LAST = ["--ckpt_path", "last"]
@@ -144,3 +144,10 @@ def test_weights_alone_say_what_the_model_is(tmp_path, monkeypatch, words):
 def test_weights_alone_are_no_run_and_may_be_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "nowhere" in refused(["predict", "--weights", "nowhere"])
+
+
+def test_weights_in_the_folder_where_one_stands_name_the_run(tmp_path, monkeypatch):
+    shutil.copytree(resolve("lfm-digits"), tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    cli = dispatch(["predict", "--weights", ".", "--data.labels=[3]", "--trainer.enable_progress_bar=false"])
+    assert cli.folder.as_posix() == "runs/mine"
