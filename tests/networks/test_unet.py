@@ -458,3 +458,26 @@ def test_maps_that_the_rescaler_cannot_read_are_named():
     for arguments in ({"num_classes": 0}, {"out_channels": 0}, {"stages": -1}, {"factor": 2.0}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             SemanticRescaler(**{"num_classes": 5, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@BOTH
+def test_mixed_precision_is_close_to_float32_and_trains(cls, dtype):
+    network = randomised(tiny(cls, num_classes=3, label_dropout=0.1))
+    (x, t), condition = inputs(network), Condition(label=torch.tensor([0, 2]))
+    wanted = network(x, t, condition).detach()
+    with torch.autocast("cpu", dtype):
+        found = network(x, t, condition)
+    found.float().square().mean().backward()
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@BOTH
+def test_weights_in_bfloat16_run(cls):
+    network = randomised(tiny(cls, num_classes=3, label_dropout=0.1))
+    (x, t), condition = inputs(network), Condition(label=torch.tensor([0, 2]))
+    wanted = network(x, t, condition)
+    found = network.bfloat16()(x.bfloat16(), t, condition)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
