@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from lightning_flows.modules import GenerativeModule as GenerativeModule
     from lightning_flows.modules import LatentFlowMatching as LatentFlowMatching
     from lightning_flows.modules import from_pretrained as from_pretrained
+    from lightning_flows.networks import add_lora as add_lora
+    from lightning_flows.networks import load_adapter as load_adapter
+    from lightning_flows.networks import merge_adapters as merge_adapters
+    from lightning_flows.networks import remove_adapters as remove_adapters
+    from lightning_flows.networks import save_adapter as save_adapter
+    from lightning_flows.networks import use_adapters as use_adapters
 
 __version__ = "0.1.0"
 
@@ -20,11 +26,30 @@ _HOMES = {
     "Tokens": "flow",
     "GenerativeModule": "modules",
     "LatentFlowMatching": "modules",
+    "add_lora": "networks",
     "from_pretrained": "modules",
+    "load_adapter": "networks",
+    "merge_adapters": "networks",
+    "remove_adapters": "networks",
+    "save_adapter": "networks",
+    "use_adapters": "networks",
 }
 _ROOMS = ("flow", "networks", "store", "codecs", "data", "modules", "callbacks", "metrics", "hub")
 
-__all__ = ["Condition", "GenerativeModule", "LatentFlowMatching", "Tokens", "__version__", "from_pretrained"]
+__all__ = [
+    "Condition",
+    "GenerativeModule",
+    "LatentFlowMatching",
+    "Tokens",
+    "__version__",
+    "add_lora",
+    "from_pretrained",
+    "load_adapter",
+    "merge_adapters",
+    "remove_adapters",
+    "save_adapter",
+    "use_adapters",
+]
 
 
 def __getattr__(name: str) -> Any:

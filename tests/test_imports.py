@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("lightning", "pytorch_lightning", "torchmetrics", "torchvision", "transformers", "diffusers", "timm")
+HEAVY = ("lightning", "pytorch_lightning", "torchmetrics", "torchvision", "transformers", "diffusers", "timm", "peft")
 
 
 def fresh(code):

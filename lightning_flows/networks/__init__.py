@@ -3,6 +3,7 @@
 Parallelism, compilation and checkpointing are applied from outside.
 """
 
+from lightning_flows.networks.adapter_folder import load_adapter, save_adapter
 from lightning_flows.networks.adm_unet import ADMUNet
 from lightning_flows.networks.conditioning import LabelEmbedding, VelocityNetwork, check_condition
 from lightning_flows.networks.discriminator import PatchDiscriminator
@@ -19,6 +20,24 @@ from lightning_flows.networks.layers import (
     position_table,
     sinusoid,
 )
+from lightning_flows.networks.lora import adapters_of, add_lora, merge_adapters, remove_adapters, use_adapters
+from lightning_flows.networks.parallel import (
+    blocks_of,
+    checkpoint_blocks,
+    compile_blocks,
+    compile_network,
+    restore_blocks,
+    shard_blocks,
+)
+from lightning_flows.networks.resizing import (
+    Patch,
+    resize_input_channels,
+    resize_label_table,
+    resize_output_channels,
+    resize_patch_kernel,
+    resize_patch_rows,
+    resize_position_table,
+)
 from lightning_flows.networks.reversed_time import ReversedTime
 from lightning_flows.networks.spatial import SemanticRescaler
 from lightning_flows.networks.unet_blocks import UNetBlock
@@ -31,6 +50,7 @@ __all__ = [
     "EDMUNet",
     "LabelEmbedding",
     "Mlp",
+    "Patch",
     "PatchDiscriminator",
     "RMSNorm",
     "ReversedTime",
@@ -38,10 +58,29 @@ __all__ = [
     "TimestepEmbedder",
     "UNetBlock",
     "VelocityNetwork",
+    "adapters_of",
+    "add_lora",
     "attention",
     "attention_backend",
+    "blocks_of",
     "check_condition",
+    "checkpoint_blocks",
+    "compile_blocks",
+    "compile_network",
+    "load_adapter",
+    "merge_adapters",
     "modulate",
     "position_table",
+    "resize_input_channels",
+    "resize_label_table",
+    "resize_output_channels",
+    "resize_patch_kernel",
+    "resize_patch_rows",
+    "resize_position_table",
+    "remove_adapters",
+    "restore_blocks",
+    "save_adapter",
+    "shard_blocks",
     "sinusoid",
+    "use_adapters",
 ]

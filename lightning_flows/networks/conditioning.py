@@ -5,12 +5,16 @@ What "no label" means and how often training says it belong to the embedding, ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition
+from lightning_flows.networks.resize_rules import Rule
+from lightning_flows.networks.resizing import resize_label_table
 
 AbsentLabel = Literal["error", "last"]
 
@@ -94,7 +98,22 @@ class LabelEmbedding(nn.Module):
             raise ValueError(f"absent_label must be 'error' or 'last', got {absent!r}")
         self.num_classes, self.dropout = num_classes, dropout
         self.may_be_absent = dropout > 0 or num_classes == 1 or absent == "last"
+        self.meaning = self.rows_mean(num_classes, dropout, absent)
         self.embedding_table = nn.Embedding(num_classes + (dropout > 0), hidden_size)
+
+    @staticmethod
+    def rows_mean(num_classes: int, dropout: float, absent: AbsentLabel) -> tuple[int, bool]:
+        """What the rows of the table are: (number of classes, whether the last row means "no label")."""
+        last_means_none = dropout == 0 and absent == "last" and num_classes > 1
+        return num_classes - last_means_none, dropout > 0 or last_means_none
+
+    def resize_rule(self, source: Mapping[str, Any]) -> Rule:
+        """How the table of a network with other arguments (``num_classes``, ``label_dropout``) becomes this one."""
+        num_classes, dropout = source["num_classes"], source["label_dropout"]
+        old = self.rows_mean(num_classes, dropout, source.get("absent_label", "error"))
+        if (num_classes, dropout > 0) == (self.num_classes, self.dropout > 0):
+            old = self.meaning  # the same rows, also where the last one is now said to mean "no label"
+        return partial(resize_label_table, old=old, new=self.meaning)
 
     def rows(self, condition: Condition, batch_size: int) -> Tensor:
         """Row of the table for each sample, int64, shape (B,).

@@ -17,7 +17,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,12 @@ from lightning_flows.networks.layers import (
     TimestepEmbedder,
     gated,
     modulate,
+    narrowed,
     position_table,
     without_autocast,
 )
+from lightning_flows.networks.resize_rules import Rules
+from lightning_flows.networks.resizing import Patch, resize_patch_kernel, resize_patch_rows
 from lightning_flows.store import Recorded
 
 DIT_SIZES: dict[str, dict[str, int]] = {
@@ -203,10 +207,30 @@ class DiT(Recorded, nn.Module):
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}")
         c = self.embed_condition(t, condition, len(x))
-        tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        tokens = self.x_embedder(narrowed(x, self.x_embedder.proj.weight)) + self.pos_embed  # (B, N, D)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self.unpatchify(self.final_layer(tokens, c))[:, : self.in_channels]
+        x = self.unpatchify(self.final_layer(tokens, c))  # (B, heads C, H, W)
+        return x if self.heads == 1 else x[:, : self.in_channels]
+
+    def resize_rules(self, source: Mapping[str, Any]) -> Rules:
+        """How the weights of a DiT with other sizes become weights of this one; see `networks.resize_rules`.
+
+        The table of places is computed, so that another ``input_size`` needs no rule.
+
+        Args:
+            source: constructor arguments of that DiT.
+        """
+        old = Patch(source["patch_size"], source["in_channels"], 2 if source["learn_sigma"] else 1)
+        new = Patch(self.patch_size, self.in_channels, self.heads)
+        rules: Rules = {
+            "x_embedder.proj.weight": partial(resize_patch_kernel, old=old, new=new),
+            "final_layer.linear.weight": partial(resize_patch_rows, old=old, new=new),
+            "final_layer.linear.bias": partial(resize_patch_rows, old=old, new=new),
+        }
+        if self.y_embedder is not None and source["num_classes"] is not None:
+            rules["y_embedder.embedding_table.weight"] = self.y_embedder.resize_rule(source)
+        return rules
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, p p K), each of (row in patch, column in patch, channel), as (B, K, H, W)."""

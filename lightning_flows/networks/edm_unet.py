@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition, Tokens
-from lightning_flows.networks.conditioning import LabelEmbedding
+from lightning_flows.networks.conditioning import AbsentLabel, LabelEmbedding
 from lightning_flows.networks.unet import UNet, attend_where, level_widths, sides
 from lightning_flows.networks.unet_blocks import BlockOptions, QkvOrder
 
@@ -147,6 +147,11 @@ class OneHotLabel(LabelEmbedding):
     def __init__(self, num_classes: int, hidden_size: int, *, dropout: float = 0.0) -> None:
         super().__init__(num_classes, hidden_size, dropout=dropout, absent="last")
         self.embedding_table = nn.Embedding(num_classes, hidden_size)  # no null row
+
+    @staticmethod
+    def rows_mean(num_classes: int, dropout: float, absent: AbsentLabel) -> tuple[int, bool]:
+        """See `LabelEmbedding.rows_mean`: all rows are classes."""
+        return num_classes, False
 
     def forward(self, condition: Condition, batch_size: int) -> Tensor:
         """Embedding of the labels of ``condition``, shape (B, D)."""

@@ -89,6 +89,14 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def narrowed(x: Tensor, weight: Tensor) -> Tensor:
+    """``x`` in the dtype of ``weight`` where that has 16 bits, else as it is.
+
+    At the door of a network: a state that is solved in float32 also enters weights of 16 bits (``bf16-true``).
+    """
+    return x.to(weight.dtype) if weight.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def sinusoid(t: Tensor, size: int, *, max_period: float = 10000.0, time_scale: float = 1.0) -> Tensor:
     """Sines and cosines of a time, cosines first.
 

@@ -8,7 +8,8 @@ first with attention. A fresh network returns 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition
 from lightning_flows.networks.conditioning import LabelEmbedding, times_of
-from lightning_flows.networks.layers import TimestepEmbedder
+from lightning_flows.networks.layers import TimestepEmbedder, narrowed
+from lightning_flows.networks.resize_rules import Rules
+from lightning_flows.networks.resizing import resize_input_channels, resize_output_channels
 from lightning_flows.networks.unet_blocks import BlockOptions, Direction, Resample, UNetBlock
 from lightning_flows.store import Recorded
 
@@ -39,7 +42,10 @@ class UNet(Recorded, nn.Module):
         shape: (C, H, W) of a sample.
         in_channels: C.
         streams: names of the condition's streams that the network reads.
+        block_classes: see `networks.blocks_of`.
     """
+
+    block_classes: ClassVar[tuple[type[nn.Module], ...]] = (UNetBlock,)
 
     def __init__(
         self,
@@ -162,7 +168,7 @@ class UNet(Recorded, nn.Module):
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}")
         embedding = F.silu(self.embed_condition(t, condition, len(x)))
         given = (embedding, None if self.context is None else self.context(condition, len(x)))
-        h = self.stem(self._with_map(x, condition))
+        h = self.stem(narrowed(self._with_map(x, condition), self.stem.weight))
         skips = [h]
         for level in self.encoder:
             for step in _steps(level):
@@ -175,6 +181,24 @@ class UNet(Recorded, nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), *given)
             h = h if level.resample is None else level.resample(h, *given)  # type: ignore[operator]
         return self.out_conv(F.silu(self.out_norm(h)))[:, : self.in_channels]
+
+    def resize_rules(self, source: Mapping[str, Any]) -> Rules:
+        """How the weights of a U-Net with other channels and classes become its own; see `networks.resize_rules`.
+
+        Args:
+            source: constructor arguments of that U-Net.
+        """
+        channels = source["in_channels"]
+        read, reads = (channels, source["spatial_channels"]), (self.in_channels, self.spatial_channels)
+        gave, gives = (channels, source["out_channels"] or channels), (self.in_channels, self.out_conv.out_channels)
+        rules: Rules = {
+            "stem.weight": partial(resize_input_channels, old=read, new=reads),
+            "out_conv.weight": partial(resize_output_channels, old=gave, new=gives),
+            "out_conv.bias": partial(resize_output_channels, old=gave, new=gives),
+        }
+        if self.y_embedder is not None and source["num_classes"] is not None:
+            rules["y_embedder.embedding_table.weight"] = self.y_embedder.resize_rule(source)
+        return rules
 
     def _with_map(self, x: Tensor, condition: Condition | None) -> Tensor:
         """``x`` and the map of the condition, zero where it is absent, (B, C + spatial_channels, H, W)."""

@@ -1,7 +1,7 @@
 """One config and one safe way to load it: recording, class-path check, folders, safetensors, references."""
 
 from lightning_flows.store.building import build, override
-from lightning_flows.store.folder import CONFIG, WEIGHTS, read_config, save_folder, write_text
+from lightning_flows.store.folder import CONFIG, WEIGHTS, json_text, read_config, save_files, save_folder, write_text
 from lightning_flows.store.recording import Recorded, config_of
 from lightning_flows.store.resolve import PINNED, Pin, is_complete, resolve, zoo_folders
 from lightning_flows.store.safety import check, entries, public_path
@@ -21,6 +21,7 @@ __all__ = [
     "entries",
     "in_16_bits",
     "is_complete",
+    "json_text",
     "load_into",
     "load_tensors",
     "override",
@@ -28,6 +29,7 @@ __all__ = [
     "read_config",
     "resolve",
     "save",
+    "save_files",
     "save_folder",
     "save_tensors",
     "write_text",

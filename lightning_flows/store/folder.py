@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_flows.store import safety
-from lightning_flows.store.weights import save_tensors, temporary_name
+from lightning_flows.store.weights import save_tensors, temporary_name, whole_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -41,14 +41,36 @@ def save_folder(
     Raises:
         ValueError: the config is not JSON, or the name of an extra file leaves the folder.
     """
+    files = {CONFIG: json_text(config), **_checked(extra_files or {})}
+    return save_files(folder, {WEIGHTS: tensors}, files, metadata=metadata)
+
+
+def save_files(
+    folder: str | Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, str | bytes | Path],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write files of any names to a folder; every file is complete before the first one appears under its name.
+
+    Args:
+        folder: target; made if it does not exist. Other files in it are left alone.
+        tensors: for each safetensors file its tensors by name.
+        files: further files by name: their text, their bytes, or a file to copy.
+        metadata: strings for the headers of the safetensors files.
+
+    Returns:
+        The folder.
+    """
     target = Path(folder)
-    contents: dict[str, str | bytes | Path] = {CONFIG: _json_text(config), **_checked(extra_files or {})}
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target.absolute())
     temporary.mkdir()
     try:
-        save_tensors(temporary / WEIGHTS, tensors, metadata)
-        for name, content in contents.items():
+        for name, values in tensors.items():
+            save_tensors(temporary / name, values, metadata)
+        for name, content in files.items():
             _write(temporary / name, content)
         _move(temporary, target)
     finally:
@@ -76,16 +98,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def write_text(file: str | Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    target = Path(file)
-    temporary = temporary_name(target)
-    try:
+    with whole_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _json_text(config: Mapping[str, Any]) -> str:
+def json_text(config: Mapping[str, Any]) -> str:
+    """A config as the text of a file.
+
+    Raises:
+        ValueError: it is not made of JSON values.
+    """
     try:
         return json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:

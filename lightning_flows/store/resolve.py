@@ -31,12 +31,13 @@ class Pin(NamedTuple):
 PINNED: dict[str, Pin] = {}
 
 
-def resolve(ref: str | Path, *, revision: str | None = None) -> Path:
-    """Folder that holds ``config.json`` and ``model.safetensors``.
+def resolve(ref: str | Path, *, revision: str | None = None, files: tuple[str, str] = (CONFIG, WEIGHTS)) -> Path:
+    """Folder that holds ``config.json`` and ``model.safetensors``, or two other files.
 
     Args:
         ref: a folder, a zoo id, ``org/name`` or ``org/name@revision``.
         revision: commit, tag or branch on the Hub, where ``ref`` does not carry one.
+        files: names of the configuration and of the weights, without which a folder is not complete.
 
     Returns:
         A folder on this machine; files from the Hub lie in its client's cache.
@@ -47,20 +48,20 @@ def resolve(ref: str | Path, *, revision: str | None = None) -> Path:
     text, looked = str(ref), []
     if revision is None and Path(ref).expanduser().is_dir():
         folder = Path(ref).expanduser()
-        if is_complete(folder):
+        if is_complete(folder, files):
             return folder
-        looked.append(f"folder {folder} (lacks {_lacking(folder)})")
+        looked.append(f"folder {folder} (lacks {_lacking(folder, files)})")
     if not isinstance(ref, Path):
         if match := _ID.fullmatch(text):
-            return _zoo_entry(text, match["name"], _one(ref, match["revision"], revision), looked)
+            return _zoo_entry(text, match["name"], _one(ref, match["revision"], revision), looked, files)
         if match := _REPO.fullmatch(text):
-            return _download(text, match["name"], _one(ref, match["revision"], revision), looked)
-    raise _nothing(text, looked or [f"folder {text}"])
+            return _download(text, match["name"], _one(ref, match["revision"], revision), looked, files)
+    raise _nothing(text, looked or [f"folder {text}"], files)
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, files: tuple[str, str] = (CONFIG, WEIGHTS)) -> bool:
     """True for a folder that holds both files of a model."""
-    return not _lacking(folder)
+    return not _lacking(folder, files)
 
 
 def zoo_folders() -> list[Path]:
@@ -86,38 +87,39 @@ def one_line(error: Exception, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _zoo_entry(ref: str, name: str, revision: str | None, looked: list[str]) -> Path:
+def _zoo_entry(ref: str, name: str, revision: str | None, looked: list[str], files: tuple[str, str]) -> Path:
     if revision is not None:
-        return _download(ref, f"{ORGANISATION}/{name}", revision, looked)
+        return _download(ref, f"{ORGANISATION}/{name}", revision, looked, files)
     for place in zoo_folders():
-        if is_complete(place / name):
+        if is_complete(place / name, files):
             return place / name
         looked.append(f"zoo {place}")
     pin = PINNED.get(name)
     if pin is None:
-        raise _nothing(ref, [*looked, f"the pinned entries of the Hub ({', '.join(sorted(PINNED)) or 'none'})"])
-    folder = _download(ref, f"{ORGANISATION}/{name}", pin.revision, looked)
-    if (found := sha256(folder / WEIGHTS)) != pin.sha256:
-        raise ValueError(f"{ref!r}: {folder / WEIGHTS} has SHA-256 {found} instead of the pinned {pin.sha256}.")
+        pinned = ", ".join(sorted(PINNED)) or "none"
+        raise _nothing(ref, [*looked, f"the pinned entries of the Hub ({pinned})"], files)
+    folder = _download(ref, f"{ORGANISATION}/{name}", pin.revision, looked, files)
+    if (found := sha256(folder / files[1])) != pin.sha256:
+        raise ValueError(f"{ref!r}: {folder / files[1]} has SHA-256 {found} instead of the pinned {pin.sha256}.")
     return folder
 
 
-def _download(ref: str, repo: str, revision: str | None, looked: list[str]) -> Path:
+def _download(ref: str, repo: str, revision: str | None, looked: list[str], files: tuple[str, str]) -> Path:
     import huggingface_hub  # slow to import, and needed for no local reference
 
     looked = [*looked, f"{repo}@{revision or 'main'} on the Hub"]
     try:
         path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS))
     except Exception as error:  # the client's errors share no base class; the cause stays attached
-        raise _nothing(ref, looked, one_line(error)) from error
+        raise _nothing(ref, looked, files, one_line(error)) from error
     folder = Path(path)
-    if not is_complete(folder):
-        raise _nothing(ref, looked, f"it lacks {_lacking(folder)}")
+    if not is_complete(folder, files):
+        raise _nothing(ref, looked, files, f"it lacks {_lacking(folder, files)}")
     return folder
 
 
-def _lacking(folder: Path) -> str:
-    return " and ".join(name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file())
+def _lacking(folder: Path, files: tuple[str, str]) -> str:
+    return " and ".join(name for name in files if not (folder / name).is_file())
 
 
 def _one(ref: str | Path, inside: str | None, given: str | None) -> str | None:
@@ -126,8 +128,8 @@ def _one(ref: str | Path, inside: str | None, given: str | None) -> str | None:
     return inside or given
 
 
-def _nothing(ref: str, looked: list[str], reason: str = "") -> ValueError:
+def _nothing(ref: str, looked: list[str], files: tuple[str, str], reason: str = "") -> ValueError:
     because = f" ({reason})" if reason else ""
     return ValueError(
-        f"ref {ref!r} leads to no folder with {CONFIG} and {WEIGHTS}; looked at {', '.join(looked)}{because}."
+        f"ref {ref!r} leads to no folder with {files[0]} and {files[1]}; looked at {', '.join(looked)}{because}."
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -31,22 +32,43 @@ def save_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         file: target; its folder exists.
         tensors: name to tensor, on any device; tensors that share memory are written once each.
         metadata: strings for the file's header, beside ``format: pt``.
+
+    Raises:
+        OSError: it cannot be written; names the file and the reason.
     """
-    target = Path(file)
-    temporary = temporary_name(target)
     header = {"format": "pt", **(metadata or {})}
-    try:
+    with whole_file(file) as temporary:
         safetensors.torch.save_file(_separate(tensors), temporary, metadata=header)
         temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+@contextmanager
+def whole_file(file: str | Path) -> Iterator[Path]:
+    """A hidden name beside a file, which is renamed to it after the block; a block that fails leaves nothing behind.
+
+    Raises:
+        OSError: the file cannot be written (disk full, no permission); names it and the reason.
+    """
+    target = Path(file)
+    temporary = temporary_name(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        text = f"{target} was not written: {reason}"
+        if number is None:  # numpy counts bytes where the system would give a reason
+            raise OSError(f"{text} (is the disk full?)") from error
+        raise OSError(number, text) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def temporary_name(target: Path) -> Path:
