@@ -10,6 +10,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_flows.networks.parallel import sharded_like, whole
 
 
 class AveragedWeights:
@@ -45,7 +48,7 @@ class AveragedWeights:
         self.average = _float_copies(self.params)
         for name, index in self.positions(module).items():
             if name in state:
-                self.average[index].copy_(state[name])
+                self.average[index].copy_(sharded_like(state[name], self.average[index]))
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
@@ -74,16 +77,16 @@ class AveragedWeights:
             self.raw = None
 
     def to_cpu(self) -> None:
-        """Move the average and the raw copy to the CPU."""
-        self.average = None if self.average is None else [a.cpu() for a in self.average]
-        self.raw = None if self.raw is None else [r.cpu() for r in self.raw]
+        """Move the average and the raw copy to the CPU; parts of a sharded module stay, as the module does."""
+        self.average = None if self.average is None else [_on_cpu(a) for a in self.average]
+        self.raw = None if self.raw is None else [_on_cpu(r) for r in self.raw]
 
     def stands_in(self) -> bool:
         """Whether the module holds exactly the average: its weights may have been replaced by others."""
         if self.average is None or self.raw is None:
             return False
         pairs = zip(self.params, self.average, strict=True)
-        return all(torch.equal(p.detach().cpu(), a.to(p.dtype).cpu()) for p, a in pairs)
+        return all([torch.equal(_on_cpu(p.detach()), _on_cpu(a.to(p.dtype))) for p, a in pairs])  # asked on all ranks
 
     def positions(self, module: nn.Module) -> dict[str, int]:
         """Position of every averaged parameter by name; tied ones appear under each of their names."""
@@ -92,7 +95,7 @@ class AveragedWeights:
         return {name: index[id(p)] for name, p in named if id(p) in index}
 
     def averaged_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Copy of the module's state dict with the average in place of its parameters."""
+        """Copy of the module's state dict with the average in place of its parameters; sharded ones as a whole."""
         return self._replaced(module, state, self.average)
 
     def raw_state(self, module: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -104,8 +107,8 @@ class AveragedWeights:
     ) -> Mapping[str, Tensor]:
         result = copy.copy(state)  # keeps the `_metadata` that `load_state_dict` reads
         if values is not None:
-            positions = self.positions(module)
-            result.update({name: values[i] for name, i in positions.items() if name in state})
+            found = {name: whole(values[i]) for name, i in self.positions(module).items()}  # on all ranks, even if ...
+            result.update({name: value for name, value in found.items() if name in state})  # ... one alone has a state
         return result
 
 
@@ -119,6 +122,10 @@ def _float_copies(params: list[nn.Parameter]) -> list[Tensor]:
 def _copy(params: list[nn.Parameter], values: list[Tensor]) -> None:
     for param, value in zip(params, values, strict=True):  # DTensor has no foreach copy
         param.copy_(value)
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    return value if isinstance(value, DTensor) else value.cpu()
 
 
 def _average_dtype(param: nn.Parameter) -> torch.dtype:

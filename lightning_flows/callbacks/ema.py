@@ -37,8 +37,8 @@ class EMA(Callback):
     module holds the average, and `trainer.save_checkpoint` still writes both; a further `fit` without
     `ckpt_path` starts a new average from there. An exception leaves the raw weights in the module.
 
-    Parameters sharded by `fully_shard` are averaged shard by shard; their checkpoints are not supported and
-    refused when training starts.
+    Parameters sharded by `fully_shard` are averaged shard by shard, without gathering; a checkpoint holds whole
+    tensors (strategy "fsdp2", see `strategies.FSDP2`), which any other strategy reads.
 
     Averages of iterates: "Acceleration of stochastic approximation by averaging" (Polyak, Juditsky, 1992).
     The warm-up is that of TensorFlow's `ExponentialMovingAverage`.
@@ -107,10 +107,10 @@ class EMA(Callback):
         self._bind(pl_module)
         self._seen = trainer.global_step
         self._running = True
-        if trainer.checkpoint_callbacks and any(hasattr(p, "device_mesh") for p in self._weights.params):
+        if trainer.checkpoint_callbacks and not trainer.strategy.lightning_restore_optimizer:
             raise ValueError(
-                "EMA: checkpoints of sharded (DTensor) parameters are not supported: use strategy 'ddp', or "
-                "Trainer(enable_checkpointing=False)."
+                f"EMA: checkpoints of {type(trainer.strategy).__name__} cannot hold an average: use "
+                "strategy='fsdp2' or 'ddp', or Trainer(enable_checkpointing=False)."
             )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -6,6 +6,7 @@ its guidance bound, a function of the point and the time only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -71,6 +72,19 @@ class Velocity:
         return tuple(self.network.streams)
 
 
+def evaluate(
+    velocity: Velocity, x: Tensor, t: Tensor, condition: Condition | None = None, guidance: Guidance | None = None
+) -> Tensor:
+    """The guided velocity at ``x`` (B, ...) and ``t`` () or (B,), shape (B, ...).
+
+    Whatever a solver asks of a model goes through this one function, so that it can be compiled as a whole: both
+    branches of the guidance, the conversion to a velocity and the combination.
+    """
+    if guidance is None:
+        return velocity(x, t, condition)
+    return guidance(velocity, x, t, condition)
+
+
 class Field:
     """A velocity with its condition and its guidance bound: ``field(x, t) -> velocity``.
 
@@ -79,6 +93,8 @@ class Field:
         condition: of the whole batch, or None.
         guidance: how conditional and unconditional velocities are mixed; None is the conditional velocity
             alone.
+        compiled: stands in for `evaluate`, such as its compiled form; not used where the field is stateful,
+            whose counts would be compiled into it.
 
     Attributes:
         path: path of the velocity, for solvers that need the score.
@@ -86,16 +102,20 @@ class Field:
     """
 
     def __init__(
-        self, velocity: Velocity, condition: Condition | None = None, guidance: Guidance | None = None
+        self,
+        velocity: Velocity,
+        condition: Condition | None = None,
+        guidance: Guidance | None = None,
+        *,
+        compiled: Callable[..., Tensor] | None = None,
     ) -> None:
         self.velocity, self.condition, self.path = velocity, condition, velocity.path
         self.guidance = guidance.begin() if guidance is not None else None
+        self._evaluate = compiled if compiled is not None and not self.stateful else evaluate
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity at ``x`` (B, ...) and ``t`` (), shape (B, ...)."""
-        if self.guidance is None:
-            return self.velocity(x, t, self.condition)
-        return self.guidance(self.velocity, x, t, self.condition)
+        return self._evaluate(self.velocity, x, t, self.condition, self.guidance)
 
     @property
     def stateful(self) -> bool:

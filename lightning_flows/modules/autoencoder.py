@@ -17,12 +17,13 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_flows.flow import Losses, Noise, StepNoise, key
 from lightning_flows.modules.adversary import Adversary
 from lightning_flows.modules.base import clock, evaluation
 from lightning_flows.modules.perceptual import Perceptual
-from lightning_flows.modules.publishable import Publishable, parameter_groups, run_seed
+from lightning_flows.modules.publishable import Publishable, run_seed
 
 Reconstruction = Literal["absolute", "squared"]
 
@@ -65,6 +66,14 @@ class KLAutoencoder(Publishable):
         self.network, self.reconstruction, self.kl_weight = network, reconstruction, kl_weight
         self.perceptual, self.adversary = perceptual, adversary
         self.automatic_optimization = adversary is None
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """An autoencoder is called by its halves and is small: it is not spread.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("KLAutoencoder is not sharded: use strategy='ddp'")
 
     # ------------------------------------------------------------------ the codec
 
@@ -155,7 +164,7 @@ class KLAutoencoder(Publishable):
             return super().configure_optimizers()
         makers = (self.make_optimizer, self.adversary.make_optimizer or self.make_optimizer)
         parts = (self.network, self.adversary.network)
-        optimizers = [make(parameter_groups(part)) for make, part in zip(makers, parts, strict=True)]
+        optimizers = [self.optimizer_over(part, make) for make, part in zip(makers, parts, strict=True)]
         if self.make_lr_scheduler is None:
             return optimizers
         return optimizers, [self.make_lr_scheduler(optimizer) for optimizer in optimizers]

@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,7 @@ class LatentFlowMatching(Inversion, GenerativeModule):
     Attributes:
         latent_shift: subtracted from latents, buffer, shape (C, 1, 1).
         latent_scale: factor on latents, buffer, shape (C, 1, 1).
+        compiled_evaluate: `flow.fields.evaluate` compiled, for samples (see `callbacks.Compile`), or None.
 
     Raises:
         ValueError: no step, an unknown latent shape, a stochastic solver over a source that is not Gaussian.
@@ -93,6 +95,7 @@ class LatentFlowMatching(Inversion, GenerativeModule):
         self.objective = objective or FlowMatching()
         self.solver, self.steps = solver or Midpoint(), steps
         self.guidance, self.standardize = guidance, standardize
+        self.compiled_evaluate: Callable[..., Tensor] | None = None
         self.shape = tuple(shape or getattr(network, "shape", ()))
         if len(self.shape) != 3:
             raise ValueError(
@@ -101,6 +104,15 @@ class LatentFlowMatching(Inversion, GenerativeModule):
         self.register_buffer("latent_shift", torch.zeros(self.shape[0], 1, 1))
         self.register_buffer("latent_scale", torch.ones(self.shape[0], 1, 1))
         self._check_solver(self.solver)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentFlowMatching:
+        # The scale of the latents is a float32 island, also where Lightning turns a module into 16 bits (bf16-true).
+        before = {name: getattr(self, name) for name in ("latent_shift", "latent_scale")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if getattr(self, name).dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     # ------------------------------------------------------------------ training
 
@@ -209,8 +221,8 @@ class LatentFlowMatching(Inversion, GenerativeModule):
         solver, steps = solver or self.solver, self.steps if steps is None else steps
         self._check_solver(solver)
         check_condition(self.network, condition)
-        field = self.field(condition, self._guidance(guidance))
-        like = torch.empty(len(noise.seeds), *self.shape, device=self.device)
+        field = Field(self._velocity(), condition, self._guidance(guidance), compiled=self.compiled_evaluate)
+        like = torch.empty(len(noise.seeds), *self.shape, device=self.device, dtype=self.latent_scale.dtype)
         z = self.objective.source.sample(noise, "source", like)
         grid, nfe = self.objective.times.grid(steps, device=z.device), 0
         for step in solver.iterate(field, z, grid, noise):
@@ -221,8 +233,10 @@ class LatentFlowMatching(Inversion, GenerativeModule):
 
     def field(self, condition: Condition | None = None, guidance: Guidance | None = None) -> Field:
         """The vector field of the model in latent space: ``field(z, t) -> velocity``."""
-        velocity = Velocity(self.network, self.objective.path, self.objective.prediction, self.objective.floor)
-        return Field(velocity, condition, guidance)
+        return Field(self._velocity(), condition, guidance)
+
+    def _velocity(self) -> Velocity:
+        return Velocity(self.network, self.objective.path, self.objective.prediction, self.objective.floor)
 
     def _guidance(self, given: Guidance | float | None) -> Guidance | None:
         if given is None or isinstance(given, Guidance):

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
 from lightning_flows.callbacks import EMA
-from lightning_flows.codecs import AutoencoderKL
+from lightning_flows.codecs import AutoencoderKL, Identity
 from lightning_flows.flow import (
     ClassifierFree,
     Condition,
@@ -147,6 +147,132 @@ def test_overrides_change_the_module_and_its_config(folder):
 def test_mistakes_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
         from_pretrained(folder, **options)
+
+
+# ---------------------------------------------------------------------- resized
+
+
+def test_other_sizes_are_fitted_and_said(folder, caplog):
+    with caplog.at_level(logging.INFO):
+        loaded = from_pretrained(folder, resize=True, num_classes=5, patch_size=4, input_size=8, in_channels=3)
+    said = [line for line in caplog.messages if "resized" in line]
+    assert [line.removeprefix(f"{folder}: resized network.") for line in said] == [
+        "x_embedder.proj.weight: (16, 1, 2, 2) -> (16, 3, 4, 4) (patch kernel)",
+        "final_layer.linear.weight: (4, 16) -> (48, 16) (patch rows)",
+        "final_layer.linear.bias: (4,) -> (48,) (patch rows)",
+        "y_embedder.embedding_table.weight: (4, 16) -> (6, 16) (label table)",
+    ]
+    source = from_pretrained(folder)
+    condition, noise = Condition(label=torch.tensor([1, 2])), torch.randn(2, 1, 1, 1)
+    t = torch.tensor([0.2, 0.8])
+    flat = source.network(noise.expand(-1, 1, 4, 4), t, condition)
+    assert loaded.network(noise.expand(-1, 3, 8, 8), t, condition).shape == (2, 3, 8, 8)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    tokens = [m.network.x_embedder(noise.expand(-1, *m.network.shape)) for m in (source, loaded)]
+    torch.testing.assert_close(*tokens, **close)
+    big = loaded.network(noise.expand(-1, 3, 8, 8), t, condition)
+    corners = (slice(None), slice(None), slice(None, None, 4), slice(None, None, 4))  # of patches: not interpolated
+    torch.testing.assert_close(big[corners], flat[:, :, ::2, ::2].expand(-1, 3, -1, -1), **close)
+
+
+def test_a_new_run_is_fitted_to_its_own_sizes(folder, tmp_path, quiet_trainer):
+    _, file = trained(tmp_path, quiet_trainer)
+    for ref in (folder, file):
+        made = fresh(num_classes=7)
+        assert init_from(made, ref, resize=True) == []
+        source = from_pretrained(ref).state_dict()[TABLE]
+        table = made.network.y_embedder.embedding_table.weight
+        assert torch.equal(table[[0, 1, 2, 7]], source)
+        assert config_of(made)["init_args"]["network"]["init_args"]["num_classes"] == 7
+
+
+def test_what_has_no_rule_must_be_named_and_the_rest_is_fitted(folder):
+    options = {"num_classes": 7, "mlp_ratio": 2.0}
+    with pytest.raises(ValueError, match=r"resize=True fits other sizes"):
+        init_from(fresh(**options), folder)
+    with pytest.raises(ValueError, match=r"mlp\.fc1\.weight has shape \(64, 16\) instead of \(32, 16\)") as caught:
+        init_from(fresh(**options), folder, resize=True)
+    assert "embedding_table" not in str(caught.value)
+    assert "resize=True" not in str(caught.value)
+    made = fresh(**options)
+    assert init_from(made, folder, resize=True, reinit=["*.mlp.fc*"]) == [
+        f"network.blocks.0.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    ]
+    assert torch.equal(
+        made.network.y_embedder.embedding_table.weight[:3], from_pretrained(folder).state_dict()[TABLE][:3]
+    )
+
+
+def test_named_tensors_are_not_resized(folder):
+    with pytest.raises(ValueError, match=rf"saved: {TABLE} cannot be resized: 3 classes cannot become 2"):
+        from_pretrained(folder, resize=True, num_classes=2)
+    made = fresh(num_classes=2)
+    table = made.network.y_embedder.embedding_table.weight.clone()
+    assert init_from(made, folder, resize=True, reinit=["*.embedding_table.*"]) == [TABLE]
+    assert torch.equal(made.network.y_embedder.embedding_table.weight, table)
+
+
+class Settled(DiT):
+    """A network whose constructor says nothing of sizes."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes)
+
+
+def test_a_network_that_settles_its_sizes_is_loaded_as_it_is(tmp_path):
+    source = model(awake(Settled()))
+    source.save_pretrained(tmp_path)
+    made = model(Settled())
+    assert init_from(made, tmp_path) == init_from(made, tmp_path, resize=True) == []
+    with pytest.raises(ValueError, match=rf"{TABLE} has shape"):
+        init_from(model(Settled(4)), tmp_path, resize=True)
+
+
+@pytest.mark.parametrize(("classes", "dropout"), [(4, 0.0), (3, 0.2)])
+def test_as_many_rows_of_another_meaning_are_not_mistaken_for_the_same(tmp_path, classes, dropout):
+    source = model(dit(num_classes=7 - classes, label_dropout=0.2 - dropout)).save_pretrained(tmp_path)
+    options = {"num_classes": classes, "label_dropout": dropout}
+    if classes == 4:
+        with pytest.raises(ValueError, match=rf"{TABLE}: of the same shape, but of another meaning.*resize=True"):
+            from_pretrained(source, **options)
+        table = from_pretrained(source, resize=True, **options).state_dict()[TABLE]
+        old = from_pretrained(source).state_dict()[TABLE]
+        assert torch.equal(table[:3], old[:3])
+        torch.testing.assert_close(table[3], old[:3].mean(0))
+    else:
+        with pytest.raises(ValueError, match="of another meaning"):
+            from_pretrained(source, **options)
+        with pytest.raises(ValueError, match="4 classes cannot become 3"):
+            from_pretrained(source, resize=True, **options)
+    assert from_pretrained(source, reinit=[TABLE], **options).state_dict()[TABLE].shape == (4, 16)
+
+
+def test_a_last_class_may_be_said_to_mean_no_label(tmp_path):
+    source = model(dit(label_dropout=0.0))
+    loaded = from_pretrained(source.save_pretrained(tmp_path), absent_label="last")
+    assert torch.equal(loaded.state_dict()[TABLE], source.state_dict()[TABLE])
+
+
+STATISTICS = ["latent_shift", "latent_scale"]
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({}, False),
+        ({"codec": Identity()}, False),
+        ({"codec": AutoencoderKL("org/vae")}, True),
+        ({"network": {"in_channels": 3}}, True),
+        ({"network": {"num_classes": 4}}, False),
+    ],
+)
+def test_statistics_of_other_latents_are_measured_anew(tmp_path, options, lost):
+    source = model()
+    source.set_latent_statistics(torch.tensor([0.3]), torch.tensor([0.7]))
+    source.save_pretrained(tmp_path)
+    made = model(dit(**options.pop("network", {})), **options)
+    assert init_from(made, tmp_path, resize=True) == (STATISTICS if lost else [])
+    assert made._has_statistics() is not lost
 
 
 # ---------------------------------------------------------------------- classes
