@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from lightning_flows.store.weights import whole_file
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 SMALLEST_CELL = 64  # pixels: smaller pictures are enlarged on contact sheets
@@ -59,12 +60,8 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
 def write_png(image: Image.Image, path: Path) -> Path:
     """Write under a temporary name beside `path`, then rename: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as temporary:
         image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
