@@ -12,12 +12,15 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lightning_flows.data.broken import InMemory, SkipBroken
 from lightning_flows.data.keyed import Collate, EvaluationSampler, KeyedItems, KeyedLoader, KeyedSampler
 from lightning_flows.data.requests import ItemRequests
 from lightning_flows.data.transforms import ImageTransform, Scaling, height_width
+from lightning_flows.data.workers import explain_dead_worker
 from lightning_flows.flow.couplings import Coupling
 from lightning_flows.flow.noise import generator_of
 from lightning_flows.store import Recorded
@@ -55,21 +58,6 @@ class Batch(TypedDict, total=False):
     epoch: Tensor
 
 
-class InMemory(Dataset):
-    """The items of a data set, read once and kept (as uint8, before any transform)."""
-
-    def __init__(self, items: Dataset) -> None:
-        self.items = [items[i] for i in range(len(items))]  # type: ignore[arg-type]
-
-    def __len__(self) -> int:
-        """Number of items."""
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """A shallow copy of item ``index``."""
-        return dict(self.items[index])
-
-
 class FlowDataModule(LightningDataModule, Recorded, ABC):
     """A data module whose randomness is keyed by (seed, epoch, index).
 
@@ -97,6 +85,9 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         coupling: pairs noise with data in the data workers and adds it to training batches as ``source``. In
             pixels: of use where the flow runs on the images themselves, not behind a codec.
         cache: read every file once and keep it in memory as uint8.
+        on_broken: an item that cannot be read: ``"raise"`` the error, which names its file, or ``"skip"`` it: the next
+            readable item takes its place, with one warning for each file and a count at the end.
+        max_broken: the share of a split, in [0, 1], that ``"skip"`` accepts; one item more is an error.
         seed: seed of order, augmentation, noise and requests.
         split_seed: seed of the division by the fractions; apart from ``seed``, so that another run keeps the
             split.
@@ -128,6 +119,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         test_split: Literal["train", "val", "test"] = "test",
         coupling: Coupling | None = None,
         cache: bool = False,
+        on_broken: Literal["raise", "skip"] = "raise",
+        max_broken: float = 0.01,
         seed: int = 0,
         split_seed: int = 0,
         drop_last: bool = True,
@@ -138,6 +131,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         super().__init__()
         _check(batch_size=batch_size, num_workers=num_workers, channels=channels, test_split=test_split)
         _check_fractions(val_fraction, test_fraction)
+        _check_broken(on_broken, max_broken)
+        self.on_broken, self.max_broken = on_broken, max_broken
         self.batch_size, self.drop_last, self.num_workers = batch_size, drop_last, num_workers
         self.size, self.channels, self.background = height_width(size), channels, background
         self.fractions = {"val": val_fraction, "test": test_fraction}
@@ -189,6 +184,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         """
         if split not in self._datasets:
             items = self._items(split)
+            if items is not None and self.on_broken == "skip":
+                items = SkipBroken(items, self.max_broken, split)
             seed = self.seed if split == "train" else None
             self._datasets[split] = None if items is None else KeyedItems(items, self.transforms[split], seed=seed)
         found = self._datasets[split]
@@ -208,7 +205,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
                 raise ValueError(
                     f"{split}_fraction={self.fractions[split]} but the data has a {split!r} split of its own"
                 )
-            self._raw[split] = InMemory(items) if self.cache and items is not None else items
+            cached = self.cache and items is not None
+            self._raw[split] = InMemory(items, lenient=self.on_broken == "skip") if cached else items  # type: ignore[arg-type]
         return self._raw[split]
 
     def _items(self, split: str) -> Dataset | None:
@@ -236,6 +234,24 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         for split in wanted:
             if self.has(split) or split == "train":
                 self.dataset(split)
+
+    def broken(self, split: str) -> list[int]:
+        """Places of a split's items that were found to be broken so far (``on_broken="skip"``)."""
+        found = self._datasets.get(split)
+        return found.items.broken if found is not None and isinstance(found.items, SkipBroken) else []
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Says how many items were replaced."""
+        for split in self._datasets:
+            if places := self.broken(split):
+                rank_zero_warn(
+                    f"{len(places)} of {len(self.dataset(split))} {split} items could not be read and were replaced "
+                    f"by others (on_broken='skip'): {places[:8]}{' ...' if len(places) > 8 else ''}"
+                )
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Says what to do when a data worker has died."""
+        explain_dead_worker(exception, self.num_workers)
 
     # ---- the loaders
 
@@ -295,6 +311,13 @@ def _check(*, batch_size: int, num_workers: int, channels: int | None, test_spli
         raise ValueError(f"channels must be 1 (grey), 3 (RGB), 4 (RGBA) or None, got {channels!r}")
     if test_split not in SPLITS:
         raise ValueError(f"test_split must be one of {SPLITS}, got {test_split!r}")
+
+
+def _check_broken(on_broken: str, max_broken: float) -> None:
+    if on_broken not in ("raise", "skip"):
+        raise ValueError(f"on_broken must be 'raise' or 'skip', got {on_broken!r}")
+    if not 0 <= max_broken <= 1:
+        raise ValueError(f"max_broken must lie in [0, 1], got {max_broken}")
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:

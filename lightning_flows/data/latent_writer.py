@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from lightning_flows.data.keyed import Collate, KeyedItems
 from lightning_flows.data.latents import INDEX, LATENTS, MIRRORED, VERSION, damage, read_index
 from lightning_flows.store import config_of, save_tensors, write_text
 from lightning_flows.store.resolve import sha256
-from lightning_flows.store.weights import temporary_name
+from lightning_flows.store.weights import whole_file
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Format = Literal["safetensors", "npy"]
@@ -298,11 +297,6 @@ def _joined(name: str, values: Sequence[Any]) -> Any:
 
 
 def _save_array(file: Path, values: Tensor) -> Path:
-    temporary = temporary_name(file)
-    try:
-        with temporary.open("wb") as stream:
-            np.save(stream, values.numpy())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(file) as temporary, temporary.open("wb") as stream:
+        np.save(stream, values.numpy())
     return file
