@@ -16,7 +16,7 @@ HELP = """usage: lightning-flows VERB [options]
 
 with a recipe (lightning-flows VERB --help):
   fit        train:     lightning-flows fit -c configs/lfm/digits.yaml
-             resume:    ... --ckpt_path last            finetune: ... --init_from org/name
+             resume:    ... --ckpt_path last (auto: or start)   finetune: ... --init_from org/name
   validate   validation losses of a run or of published weights
   test       distances, bits/dim ... printed and written to metrics.json
   predict    samples:   lightning-flows predict -c RECIPE --ckpt_path last --data.labels='[0,1,2]' --data.seed=7
@@ -66,7 +66,7 @@ def dispatch(args: Sequence[str]) -> object:
 
         if verb in VERBS:
             return VERBS[verb](args[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("LIGHTNING_FLOWS_DEBUG"):
             raise
         raise SystemExit(f"lightning-flows {verb}: {_sentence(error)}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,60 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.stat().st_mtime)
 
 
-def newest_last(run: Path) -> Path:
-    """The newest ``last`` checkpoint of a run.
+def newest_last(run: Path, *, resumable: bool = False) -> Path:
+    """The newest ``last`` checkpoint of a run that is whole; where none is, the newest of the others.
+
+    Args:
+        run: its folder.
+        resumable: training shall go on from it: files with weights alone are passed over.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or none that can be used; names them.
     """
-    found = [path for path in checkpoints_of(run) if path.stem.startswith("last")]
-    if not found:
+    from lightning_flows.strategies.checkpoint_io import checkpoints_in, first_usable  # here: loads lightning
+
+    folder = run / "checkpoints"
+    files = sorted(checkpoints_in(folder), key=lambda file: not file.stem.startswith("last"))  # stable: newest first
+    found = first_usable(files, resumable=resumable)
+    if found is None:
         raise ValueError(
-            f"--ckpt_path last: {run / 'checkpoints'} holds no last.ckpt. Train first (lightning-flows fit), or name "
+            f"--ckpt_path last: {folder} holds no last.ckpt. Train first (lightning-flows fit), or name "
             "another run with --run_name"
         )
-    return found[-1]
+    return found
+
+
+def newest_or_none(run: Path) -> str | None:
+    """What ``--ckpt_path auto`` resumes: the newest checkpoint of a run that is whole; None for a run without any.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be used; names them.
+    """
+    from lightning_flows.strategies.checkpoint_io import newest_checkpoint  # here: loads lightning
+
+    found = newest_checkpoint(run / "checkpoints")
+    return None if found is None else str(found)
+
+
+def check_writable(folders: Iterable[str | Path]) -> None:
+    """Writes a small file into each folder, and removes it: what cannot be written is said before the work is done.
+
+    Raises:
+        ValueError: a folder cannot be made, or no file in it; names the folder and the reason.
+    """
+    for folder in map(Path, folders):
+        probe = folder / f".{os.getpid()}.probe"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                probe.write_bytes(bytes(4096))
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the run's folder {folder} cannot be written: {error.strerror or error}. Name another one with "
+                "--run_name NAME (of runs/NAME) or --trainer.default_root_dir FOLDER"
+            ) from error
 
 
 def refuse_overwriting(run: Path) -> None:
@@ -95,8 +137,8 @@ def refuse_overwriting(run: Path) -> None:
     """
     if checkpoints_of(run):
         raise ValueError(
-            f"{run} already holds a run. Resume it with --ckpt_path last, or give the new one a name with "
-            "--run_name NAME"
+            f"{run} already holds a run. Resume it with --ckpt_path last (or auto, which also starts one), or give "
+            "the new one a name with --run_name NAME"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import lightning_flows.codecs
 import lightning_flows.data
 import lightning_flows.metrics
 import lightning_flows.modules  # noqa: F401  (imported classes have short names)
-from lightning_flows.callbacks import PredictionWriter, SamplingProgress
+from lightning_flows.callbacks import FailTogether, PredictionWriter, SamplingProgress
 from lightning_flows.cli import evaluation, runs
 from lightning_flows.cli.global_batch import check_global_batch
 from lightning_flows.data import Requests
 from lightning_flows.modules import Publishable, init_from
 from lightning_flows.store import check, read_config, resolve
+from lightning_flows.strategies import AtomicCheckpointIO
+from lightning_flows.strategies.checkpoint_io import remove_leftovers
 
 # Said by Lightning of itself or of choices that are made here; a reader of the log can do nothing about them.
 KNOWN_WARNINGS = (
@@ -81,6 +84,12 @@ class FlowsCLI(LightningCLI):
             help="fit --init_from: names or patterns of tensors that start afresh.",
         )
         parser.add_argument(
+            "--resize",
+            type=bool,
+            default=False,
+            help="fit --init_from: fit tensors to other patches, channels and classes where there is a rule.",
+        )
+        parser.add_argument(
             "--weights",
             type=str | None,
             default=None,
@@ -108,10 +117,13 @@ class FlowsCLI(LightningCLI):
         options.run_name = options.run_name or runs.name_of(self.recipe)
         if options.trainer.get("default_root_dir") is None:
             options.trainer.default_root_dir = str(runs.ROOT / options.run_name)
-        if options.get("ckpt_path") == "last":
-            options.ckpt_path = str(runs.newest_last(self.folder))
+        given = options.get("ckpt_path")
+        if given == "last":
+            options.ckpt_path = str(runs.newest_last(self.folder, resumable=self.subcommand == "fit"))
         if self.subcommand == "fit":
             self._check_fit(options)
+            if given == "auto":
+                options.ckpt_path = runs.newest_or_none(self.folder)
         else:
             self._choose_weights(options)
         self._settle_trainer(options.trainer)
@@ -121,11 +133,13 @@ class FlowsCLI(LightningCLI):
             raise ValueError(
                 "--weights is for validate, test and predict; to start a run from weights, use --init_from"
             )
-        if options.ckpt_path is not None and options.init_from is not None:
+        if options.ckpt_path not in (None, "auto") and options.init_from is not None:
             raise ValueError("--ckpt_path resumes a run and --init_from starts a new one: give one of them")
         if options.reinit and options.init_from is None:
             raise ValueError("--reinit names tensors of --init_from, which is not given")
-        if options.ckpt_path is None and os.environ.get("LOCAL_RANK", "0") == "0" and not options.trainer.fast_dev_run:
+        if options.resize and options.init_from is None:
+            raise ValueError("--resize fits tensors of --init_from, which is not given")
+        if options.ckpt_path is None and _first() and not options.trainer.fast_dev_run:
             runs.refuse_overwriting(self.folder)
 
     def _choose_weights(self, options: Namespace) -> None:
@@ -133,6 +147,8 @@ class FlowsCLI(LightningCLI):
             raise ValueError("--init_from is for fit; validate, test and predict take --weights or --ckpt_path")
         if options.ckpt_path is not None and options.weights is not None:
             raise ValueError("--ckpt_path and --weights exclude each other")
+        if options.ckpt_path == "auto":
+            raise ValueError("--ckpt_path auto resumes or starts a fit; validate, test and predict take last or a file")
         if options.ckpt_path is None and options.weights is None:
             beside = runs.weights_beside(self.recipe)
             if beside is None:
@@ -147,7 +163,7 @@ class FlowsCLI(LightningCLI):
         if trainer.get("logger") in (None, True):
             trainer.logger = False
             if self.subcommand == "fit":
-                entry = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+                entry = {"class_path": "lightning_flows.cli.log.RunLog"}
                 trainer.logger = Namespace(**entry, init_args=Namespace(save_dir=root, name="log"))
         callbacks = trainer.get("callbacks") or []
         for callback in callbacks:
@@ -160,11 +176,13 @@ class FlowsCLI(LightningCLI):
         """The trainer, with the callbacks without which a verb would leave nothing behind."""
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
-        for callback in self._needed_callbacks(callbacks):
+        for callback in [*self._needed_callbacks(callbacks), FailTogether()]:
             if not any(_does_the_same(given, callback) for given in callbacks):
                 callbacks.append(callback)
         config["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _install_checkpoint_io(trainer)
+        return trainer
 
     def _needed_callbacks(self, given: list[L.Callback]) -> list[L.Callback]:
         if self.subcommand == "predict":
@@ -189,7 +207,31 @@ class FlowsCLI(LightningCLI):
         elif options.ckpt_path is not None:
             init_from(self.model, options.ckpt_path)  # Lightning restores it again, together with the rest
         elif options.init_from is not None:
-            init_from(self.model, options.init_from, reinit=options.reinit)
+            init_from(self.model, options.init_from, reinit=options.reinit, resize=options.resize)
+        if _first() and not options.trainer.fast_dev_run:
+            self._prepare_folders()
+
+    def _prepare_folders(self) -> None:
+        """The folders that will be written, tried before the work begins; a killed run's half files are removed."""
+        checkpoints = [
+            str(c.dirpath) for c in self.trainer.checkpoint_callbacks if c.dirpath and self.subcommand == "fit"
+        ]
+        folders = [folder for folder in (self.options.trainer.default_root_dir, *checkpoints) if "://" not in folder]
+        runs.check_writable(folders)
+        for folder in folders:
+            remove_leftovers(folder)
+
+
+def _first() -> bool:
+    """Whether this is the process that looks after the run's folder."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _install_checkpoint_io(trainer: L.Trainer) -> None:
+    """Atomic checkpoints, unless the recipe or its strategy brings another way of writing them."""
+    if getattr(trainer.strategy, "_checkpoint_io", None) is None:
+        with suppress(NotImplementedError, TypeError):  # strategies with a format of their own
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def _does_the_same(given: L.Callback, needed: L.Callback) -> bool:

@@ -47,18 +47,21 @@ def export(
     return f"wrote {export_run(folder, Path(out), ckpt=ckpt, **about)}"
 
 
-def push(folder: str, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+def push(
+    folder: str, repo_id: str, private: bool = False, revision: str | None = None, licence: str | None = None
+) -> str:
     """Upload weights, config, card, recipe and metrics to the Hugging Face Hub in one commit.
 
     Args:
-        folder: what export or save_pretrained wrote.
+        folder: what export, save_pretrained or save_adapter wrote.
         repo_id: org/name.
         private: make a new repository private.
         revision: branch to commit to.
+        licence: of an adapter whose folder has no card yet: one is written.
     """
     from lightning_flows.hub import push as upload
 
-    return str(upload(folder, repo_id, private=private, revision=revision))
+    return str(upload(folder, repo_id, private=private, revision=revision, licence=licence))
 
 
 def convert(
