@@ -108,13 +108,13 @@ def card(
     found = figures(metrics)
     kind = "autoencoder" if is_autoencoder(config) else "flow-matching"
     task = task or ("image-to-image" if is_autoencoder(config) else "unconditional-image-generation")
-    header = _header(model_id, licence, names, split, base_model, [kind, "lightning", *tags], task, found)
+    header = header_text(model_id, licence, names, split, base_model, [kind, "lightning", *tags], task, found)
     sections = [
         f"# {model_id}",
         summary or f"A `{family(config)}` model of `{LIBRARY}`.",
         _usage(config, model_id),
-        _results(found, names, split, command),
-        _provenance(licence, names, base_model, dtype),
+        results_text(found, names, split, command),
+        origin_text(licence, names, base_model, dtype),
     ]
     return f"---\n{header}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
@@ -190,7 +190,7 @@ def _numbers(name: str, entry: Any) -> Iterator[Figure]:
             yield from _numbers(f"{name}/{key}", {**setting, "value": part})
 
 
-def _header(
+def header_text(
     model_id: str,
     licence: str,
     data: list[str],
@@ -199,6 +199,7 @@ def _header(
     tags: Sequence[str],
     task: str,
     found: list[Figure],
+    **more: str,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -223,6 +224,7 @@ def _header(
         pipeline_tag=task,
         model_name=model_id if results else None,
         eval_results=results or None,
+        **more,
     )
     return str(about.to_yaml())
 
@@ -247,7 +249,7 @@ def _usage(config: Mapping[str, Any], model_id: str) -> str:
     )
 
 
-def _results(found: list[Figure], data: list[str], split: str | None, command: str | None) -> str:
+def results_text(found: list[Figure], data: list[str], split: str | None, command: str | None) -> str:
     if not found:
         return ""
     columns = [key for key in _COLUMNS if any(figure.setting.get(key) is not None for figure in found)]
@@ -260,7 +262,7 @@ def _results(found: list[Figure], data: list[str], split: str | None, command: s
     return f"## Results\n\n{against}" + "\n".join(table) + again
 
 
-def _provenance(licence: str, data: list[str], base_model: str | None, dtype: str) -> str:
+def origin_text(licence: str, data: list[str], base_model: str | None, dtype: str) -> str:
     lines = [f"Licence of the weights: {licence}."]
     lines += [f"Stored as {dtype} (small tensors as float32), loaded as float32."] if dtype != "float32" else []
     lines += [f"Trained on {', '.join(data)}."] if data else []

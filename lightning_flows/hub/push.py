@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_flows.hub.adapters import check_adapter, is_adapter, write_adapter_card
 from lightning_flows.hub.cards import CARD, read_header, write_card
 from lightning_flows.store import WEIGHTS, check, config_of, entries, load_tensors, read_config, save_folder
 from lightning_flows.store.resolve import one_line
@@ -31,18 +32,21 @@ def push(
     token: str | None = None,
     revision: str | None = None,
     message: str | None = None,
+    licence: str | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """Upload a model folder to the Hugging Face Hub in one commit.
+    """Upload the folder of a model or of an adapter to the Hugging Face Hub in one commit.
 
     Args:
-        folder: ``config.json``, ``model.safetensors``, a card with a licence, and what else stands beside
-            them (recipe, metrics, pictures); files of other kinds and subfolders stay at home.
+        folder: ``config.json``, ``model.safetensors`` (of an adapter: what `networks.save_adapter` writes), a card with
+            a licence, and what else stands beside them (recipe, metrics, pictures); files of other kinds and
+            subfolders stay at home.
         repo_id: ``org/name``; made if it does not exist.
         private: make a new repository private.
         token: of the Hub's client; None takes the stored one.
         revision: branch to commit to; made if it does not exist.
         message: of the commit.
+        licence: of an adapter without a card: one is written to its folder.
         trust_remote_code: the config may name classes of other packages, which users must consent to.
 
     Returns:
@@ -56,6 +60,10 @@ def push(
 
     if not _REPO.fullmatch(repo_id):
         raise ValueError(f"repo_id={repo_id!r} is not of the form org/name.")
+    if licence is not None:
+        if not is_adapter(folder) or (Path(folder) / CARD).exists():
+            raise ValueError(f"licence={licence!r} is for an adapter without a card; otherwise the card states it.")
+        write_adapter_card(folder, licence=licence, model_id=repo_id)
     source = check_folder(folder, trust_remote_code=trust_remote_code)
     api = HfApi(token=token, library_name="lightning_flows")
     # Not upload_folder: where Xet is installed it commits in batches, and half a model could be left behind.
@@ -88,6 +96,8 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Path
         ValueError: config, weights, card or codec are not fit to be published; says what to mend.
     """
     source = Path(folder)
+    if is_adapter(source):
+        return check_adapter(source)
     config = read_config(source)
     check(config, trust_remote_code=trust_remote_code)
     load_tensors(source / WEIGHTS)
