@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import lightning_flows as lf
 from lightning_flows.data import Digits
 from lightning_flows.flow import SampleNoise, bits_per_dim, dequantize, seeds_from
-from lightning_flows.networks import DiT
+from lightning_flows.networks import DiT, load_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -88,3 +89,33 @@ def test_inversion_loses_less_with_more_steps_and_changes_more_with_more_strengt
     assert changes[0] < changes[1] < changes[2]
     assert number("deviation", out) == pytest.approx(1, abs=0.15)
     assert number("off by", out) < 0.1
+
+
+def test_lora_moves_samples_to_the_new_data_and_its_folder_gives_them_again(tmp_path):
+    out = run("finetune_lora.py", "--steps", "25", "--rank", "4", "--out", str(tmp_path / "adapter"))
+    samples, data = number("samples", out), number("new data", out)
+    assert data > 0.3  # negatives; digits themselves lie near -0.4
+    assert samples > 0
+    assert "same samples: True" in out
+    assert number("trained", out) < 0.06 * number("of", out)
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 200_000
+
+
+def test_lora_on_pictures_of_ones_own_gets_a_table_for_their_classes(tmp_path):
+    for i in range(6):
+        file = tmp_path / "own" / ("light" if i % 2 else "dark") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (40 + 150 * (i % 2),) * 3).save(file)
+    arguments = ("--data", str(tmp_path / "own"), "--steps", "2", "--out", str(tmp_path / "adapter"))
+    assert "same samples: True" in run("finetune_lora.py", *arguments)
+    model = lf.from_pretrained("lfm-digits", num_classes=2, reinit=["network.y_embedder.*"])
+    load_adapter(model, tmp_path / "adapter")
+    assert model.sample(lf.Condition(label=torch.tensor([0, 1])), seed=0).shape == (2, 1, 8, 8)
+
+
+def test_a_new_class_is_learnt_beside_the_old_ones(tmp_path):
+    out = run("new_class.py", "--steps", "40", "--replay", "8", "--out", str(tmp_path / "eleven"))
+    after, before = number("off by", out), number("before the training by", out)
+    assert after < 0.7 * before
+    assert number("moved by", out) < before
+    assert lf.from_pretrained(tmp_path / "eleven").network.y_embedder.num_classes == 11
