@@ -66,7 +66,7 @@ def dispatch(args: Sequence[str]) -> object:
 
         if verb in VERBS:
             return VERBS[verb](args[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # a missing extra says how to install it
         if os.environ.get("LIGHTNING_FLOWS_DEBUG"):
             raise
         raise SystemExit(f"lightning-flows {verb}: {_sentence(error)}") from error

@@ -37,6 +37,9 @@ KNOWN_WARNINGS = (
 )
 
 
+ORIGIN = ("init_from", "reinit", "resize")  # options that say where a run began
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Writes the whole configuration into the run folder: ``config.yaml`` for fit, ``VERB.yaml`` for the others."""
 
@@ -45,9 +48,18 @@ class SaveRunConfig(SaveConfigCallback):
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = "config.yaml" if stage == "fit" else f"{getattr(stage, 'value', stage)}.yaml"
+        if stage == "fit" and self.config.get("ckpt_path") is not None:
+            self._keep_origin(folder / name)
         partial = folder / f".{name}.partial"
         self.parser.save(self.config, partial, skip_none=False, overwrite=True, multifile=False)
         partial.replace(folder / name)
+
+    def _keep_origin(self, former: Path) -> None:
+        """A resumed run still began from the weights that it was started with; `export` names them."""
+        if self.config.get("init_from") is None and former.is_file():
+            for key, value in runs.blocks_of(former, ORIGIN).items():
+                if value is not None:
+                    self.config[key] = value
 
 
 class FlowsCLI(LightningCLI):

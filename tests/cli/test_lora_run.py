@@ -1,8 +1,11 @@
 """A run with an adapter from the command line: fit, resume, sample, export."""
 
 import json
+import sys
 
+import pytest
 import torch
+import yaml
 
 import lightning_flows as lf
 from lightning_flows.cli import dispatch
@@ -29,6 +32,7 @@ def test_an_adapter_from_the_command_line(in_run):
 
     cli = dispatch(["fit", *RECIPE, *LORA, "--ckpt_path=last", "--trainer.max_epochs=2"])
     assert cli.trainer.current_epoch == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["init_from"] == BASE  # where the run began stays said
     second = load_tensors(run / "adapter/adapter_model.safetensors")
     assert first.keys() == second.keys()
     assert not any(torch.equal(first[name], second[name]) for name in first)
@@ -42,3 +46,9 @@ def test_an_adapter_from_the_command_line(in_run):
         again = model.sample(lf.Condition(label=torch.tensor([0, 1])), seed=7)
         assert torch.allclose(again, drawn, atol=1e-4)
     assert not torch.allclose(lf.from_pretrained(BASE).sample(lf.Condition(label=torch.tensor([0, 1])), seed=7), drawn)
+
+
+def test_without_peft_the_command_line_says_what_to_install(in_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"lightning-flows fit: LoRA needs peft: pip install .lightning-flows\[peft\]"):
+        dispatch(["fit", *RECIPE, *LORA, "--run_name=without", "--init_from", BASE])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import huggingface_hub
 import pytest
 import torch
 from torch import nn
@@ -137,7 +138,7 @@ def test_weights_load_at_first_use_only(folder, monkeypatch, x):
 
 @pytest.mark.parametrize("use", [lambda codec: codec.settings, lambda codec: codec.network()])
 def test_an_autoencoder_that_is_nowhere_is_named_with_a_way_out(tmp_path, monkeypatch, use):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # its variable is read once, at import
     (tmp_path / "empty").mkdir()
     for repo in (str(tmp_path / "empty"), "nobody/nothing"):
         with pytest.raises(ValueError, match=r"autoencoder '.*' of the codec cannot be loaded.*--model\.init_args"):
