@@ -140,6 +140,8 @@ def check_run(fact, parsed):
     assert {key: run[key] for key in length} == length
     assert (run["precision"], run["gradient_clip_val"]) == (fact.precision, None)
     assert run.get("accumulate_grad_batches", 1) == 1
+    assert run["strategy"] == "auto"  # DDP where there are several devices
+    assert [name_of(entry) for entry in run["callbacks"]].count("Compile") == 1
     (ema,) = [entry["init_args"] for entry in run["callbacks"] if name_of(entry) == "EMA"]
     assert (ema["decay"], ema["update_every"]) == (fact.ema, 1)
 
