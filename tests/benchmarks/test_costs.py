@@ -78,7 +78,7 @@ def test_a_case_is_trained_sampled_and_written_down(monkeypatch, tmp_path, capsy
     speed.main()
     table = (tmp_path / "speed-cpu.md").read_text()
     assert "## a family" in table
-    assert "| tiny | 0.4 M |" in table
+    assert "| tiny | 0.3 M |" in table
     assert table in capsys.readouterr().out
     assert json.loads((tmp_path / "speed-cpu.json").read_text())["cases"][0] == found
 
