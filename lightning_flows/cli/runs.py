@@ -108,13 +108,13 @@ def newest_or_none(run: Path) -> str | None:
     return None if found is None else str(found)
 
 
-def check_writable(folders: Iterable[str | Path]) -> None:
-    """Writes a small file into each folder, and removes it: what cannot be written is said before the work is done.
+def check_writable(folders: Iterable[str]) -> None:
+    """Writes a small file into each local folder, and removes it: what cannot be written is said before the work.
 
     Raises:
         ValueError: a folder cannot be made, or no file in it; names the folder and the reason.
     """
-    for folder in map(Path, folders):
+    for folder in (Path(folder) for folder in folders if "://" not in folder):
         probe = folder / f".{os.getpid()}.probe"
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -225,12 +225,10 @@ class FlowsCLI(LightningCLI):
 
     def _prepare_folders(self) -> None:
         """The folders that will be written, tried before the work begins; a killed run's half files are removed."""
-        checkpoints = [
-            str(c.dirpath) for c in self.trainer.checkpoint_callbacks if c.dirpath and self.subcommand == "fit"
-        ]
-        folders = [folder for folder in (self.options.trainer.default_root_dir, *checkpoints) if "://" not in folder]
-        runs.check_writable(folders)
-        for folder in folders:
+        callbacks = self.trainer.checkpoint_callbacks if self.subcommand == "fit" else []
+        checkpoints = [str(callback.dirpath) for callback in callbacks if callback.dirpath]
+        runs.check_writable([self.options.trainer.default_root_dir, *checkpoints])
+        for folder in checkpoints:
             remove_leftovers(folder)
 
 
