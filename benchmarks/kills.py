@@ -44,7 +44,7 @@ METHOD = "forkserver"  # "fork" where this process itself has computed nothing i
 
 
 class Moments(Callback):
-    """Notes when training begins (file ``started``), and kills its own process at the moment named by ``KILL_AT``.
+    """Notes the steps of this start (one byte each in the file ``started``), and kills its own process at the moment named by ``KILL_AT``.
 
     ``KILL_AT`` is ``MOMENT:STEP``; moments are ``step`` (a batch of training), ``validation`` (with the average in
     the module), ``write`` (half of a checkpoint is written), ``remove`` (a checkpoint is written, the former one not
@@ -64,10 +64,9 @@ class Moments(Callback):
         elif self.moment == "remove":
             self._before(trainer.strategy, "remove_checkpoint")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        Path("started").touch()
-
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        with Path("started").open("a") as file:
+            file.write(".")
         self._kill_if("step")
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -166,16 +165,14 @@ def output(folder: Path) -> str:
     return file.read_text()[-2000:] if file.exists() else ""
 
 
-def complete(folder: Path) -> float:
-    """Run to the end; seconds of the training alone, where there was something left to train.
+def complete(folder: Path) -> None:
+    """Run to the end.
 
     Raises:
         RuntimeError: it failed.
     """
     if code := finish(folder):
         raise RuntimeError(f"the run in {folder} ended with {code}: {output(folder)}")
-    began, last = folder / "started", newest_checkpoint(folder / "runs/kills/checkpoints")
-    return last.stat().st_mtime - began.stat().st_mtime if began.exists() and last is not None else 0.0
 
 
 def _kill(process: Any) -> None:
@@ -186,19 +183,25 @@ def _kill(process: Any) -> None:
     process.join()
 
 
-def kill_at_random(folder: Path, seconds: float, chance: random.Random) -> str:
+def steps_of(folder: Path) -> int:
+    """Steps that the present start has begun."""
+    file = folder / "started"
+    return file.stat().st_size if file.exists() else 0
+
+
+def kill_at_random(folder: Path, most: int, chance: random.Random) -> str:
     """Start the command and kill it; where it was.
 
     Args:
         folder: of the run.
-        seconds: longest time after the beginning of the training.
-        chance: chooses the moment; one in eight lies before the training begins.
+        most: steps after which it is killed at the latest.
+        chance: chooses the step, and up to 50 ms after its beginning; one in eight kills comes before the training.
     """
     before, process = chance.random() < 0.125, start(folder)
-    delay, since = chance.uniform(0, 1 if before else seconds), time.monotonic()
-    while not before and not (folder / "started").exists() and process.is_alive():
+    step, delay, since = chance.randint(1, most), chance.uniform(0, 1 if before else 0.05), time.monotonic()
+    while not before and steps_of(folder) < step and process.is_alive():
         if time.monotonic() - since > LIMIT:
-            raise TimeoutError(f"the run in {folder} does not begin: {output(folder)}")
+            raise TimeoutError(f"the run in {folder} does not go on: {output(folder)}")
         time.sleep(0.002)
     time.sleep(delay)
     if not process.is_alive():
@@ -206,7 +209,7 @@ def kill_at_random(folder: Path, seconds: float, chance: random.Random) -> str:
         return "finished" if process.exitcode == 0 else f"failed: {output(folder)}"
     _kill(process)
     written = any((folder / "runs/kills/checkpoints").glob(".*.partial"))
-    return "in a checkpoint" if written else "in training" if (folder / "started").exists() else "before"
+    return "in a checkpoint" if written else "in training" if steps_of(folder) else "before"
 
 
 def differences(a: Any, b: Any, where: str) -> list[str]:
@@ -222,13 +225,23 @@ def differences(a: Any, b: Any, where: str) -> list[str]:
     return [] if a == b else [f"{where}: {a} and {b}"]
 
 
+def _place(checkpoint: dict[str, Any]) -> list[dict[str, int]]:
+    """Where a run is in its data: epoch and batch.
+
+    The trainer's own number of the epoch is left out: Lightning, bounded by ``max_steps``, counts one epoch without
+    batches when it resumes from a checkpoint of an epoch's end (see `lightning_flows.data.KeyedLoader`).
+    """
+    loaders = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    return [{name: value for name, value in loader.items() if name != "trainer_epoch"} for loader in loaders]
+
+
 def compare(one: Path, other: Path) -> list[str]:
     """What differs between the last checkpoints of two runs."""
     first, second = (
         torch.load(newest_checkpoint(folder / "runs/kills/checkpoints") or "", weights_only=True)
         for folder in (one, other)
     )
-    place = [state["loops"]["fit_loop"]["state_dict"]["combined_loader"] for state in (first, second)]
+    place = [_place(state) for state in (first, second)]
     found = [d for part in PARTS for d in differences(first[part], second[part], part)]
     return found + differences(*place, "place in the data")
 
@@ -241,8 +254,9 @@ def experiment(folder: Path, kills: int, workers: int, steps: int, seed: int) ->
     """
     content = recipe(steps, workers)
     whole, killed = (prepare(folder / name, content) for name in ("whole", "killed"))
-    seconds, chance = complete(whole), random.Random(seed)
-    moments = [kill_at_random(killed, 1.5 * seconds / max(kills, 4), chance) for _ in range(kills)]
+    complete(whole)
+    chance, most = random.Random(seed), max(1, round(1.5 * steps / kills))  # three quarters of the run on the average
+    moments = [kill_at_random(killed, most, chance) for _ in range(kills)]
     if failed := [moment for moment in moments if moment.startswith("failed")]:
         raise RuntimeError(failed[0])
     complete(killed)
