@@ -44,11 +44,11 @@ METHOD = "forkserver"  # "fork" where this process itself has computed nothing i
 
 
 class Moments(Callback):
-    """Notes the steps of this start (one byte each in the file ``started``), and kills its own process at the moment named by ``KILL_AT``.
+    """Notes the steps of this start (one byte each in the file ``started``), and kills its own process on demand.
 
-    ``KILL_AT`` is ``MOMENT:STEP``; moments are ``step`` (a batch of training), ``validation`` (with the average in
-    the module), ``write`` (half of a checkpoint is written), ``remove`` (a checkpoint is written, the former one not
-    removed yet), ``link`` (``last.ckpt`` is gone, and its new link not there yet).
+    The environment variable ``KILL_AT`` is ``MOMENT:STEP``; moments are ``step`` (a batch of training), ``validation``
+    (with the average in the module), ``write`` (half of a checkpoint is written), ``remove`` (a checkpoint is written,
+    the former one not removed yet), ``link`` (``last.ckpt`` is gone, and its new link not there yet).
     """
 
     def __init__(self) -> None:
@@ -260,11 +260,9 @@ def experiment(folder: Path, kills: int, workers: int, steps: int, seed: int) ->
     if failed := [moment for moment in moments if moment.startswith("failed")]:
         raise RuntimeError(failed[0])
     complete(killed)
-    starts = len(list((killed / "runs/kills/log").glob("version_*")))
     return {
         "kills": kills - moments.count("finished"),
         "moments": dict(Counter(moments)),
-        "logs": starts,
         "workers": workers,
         "steps": steps,
         "differences": compare(whole, killed),

@@ -1,5 +1,6 @@
 """Costs that are counted agree with the formulas of docs/scaling.md; the table of speeds says what it measured."""
 
+import functools
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ NETWORK = {
 
 def apart(function, *arguments):
     """The result of a function in a process of its own: it may start threads of autograd, after which none can fork."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result(timeout=120)
 
 
@@ -44,8 +45,13 @@ def recipe(tmp_path, monkeypatch):
     return file
 
 
+def cost_of(recipe):
+    memory.CONFIGS = recipe.parents[1]
+    return memory.cost(recipe)
+
+
 def test_counted_costs_of_a_dit_follow_the_formulas(recipe):
-    found = apart(memory.cost, recipe)
+    found = apart(cost_of, recipe)
     assert (found.recipe, found.batch) == ("configs/own/small256.yaml", 8)
     assert found.parameters == sum(p.numel() for p in DiT(**NETWORK).parameters())
     flops, activations, checkpointed = found.predicted
@@ -73,14 +79,17 @@ def asked(**changed):
     return speed.Setting("tiny", "cpu", "32-true", False, **sizes)._replace(**changed)
 
 
-def operations_of_tiny():
-    return speed.operations(speed.CASES["tiny"])
+CASES = {"tiny": speed.Case("a family", "tiny", functools.partial(DiT, **NETWORK), (2, 2))}
+
+
+def measured():
+    speed.CASES = CASES
+    return speed.work(asked()), speed.operations(CASES["tiny"])
 
 
 def test_a_case_is_trained_sampled_and_written_down(monkeypatch, tmp_path, capsys):
-    case = speed.Case("a family", "tiny", lambda: DiT(**NETWORK), (2, 2))
-    monkeypatch.setattr(speed, "CASES", {"tiny": case})
-    found, operations = apart(speed.work, asked()), apart(operations_of_tiny)
+    monkeypatch.setattr(speed, "CASES", CASES)
+    found, operations = apart(measured)
     assert found["forward_flops"] == operations
     assert found["samples_per_second"] == pytest.approx(2 / found["seconds_per_step"])
     assert found["utilisation"] == pytest.approx(3 * found["forward_flops"] * found["samples_per_second"] / 1e12)

@@ -40,7 +40,7 @@ def test_kills_in_a_step_a_write_and_a_validation_lose_nothing(whole, tmp_path):
     assert newest_checkpoint(checkpoints(folder)).name == "last.ckpt"  # of step 3
     assert kills.finish(folder, kill_at="validation:8") == -signal.SIGKILL
     assert kills.finish(folder, kill_at="step:11") == -signal.SIGKILL
-    kills.kill_at_random(folder, 0.2, random.Random(0))
+    kills.kill_at_random(folder, 5, random.Random(0))
     kills.complete(folder)
     assert kills.compare(whole, folder) == []
     assert [file for file in checkpoints(folder).iterdir() if damage(file)] == []
@@ -82,7 +82,9 @@ def test_twenty_kills_at_random_moments(tmp_path):
     assert report["kills"] >= 18, report  # a run that ends before its kill is none
 
 
-@pytest.mark.timeout(300)
-def test_kills_with_data_workers_lose_nothing(tmp_path):
-    report = kills.experiment(tmp_path, 1, workers=2, steps=STEPS, seed=1)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kills_at_random_moments_with_data_workers(tmp_path):
+    report = kills.experiment(tmp_path, 6, workers=2, steps=60, seed=0)
     assert report["differences"] == []
+    assert report["kills"] >= 5, report
