@@ -3,6 +3,7 @@
 Time runs from noise (0) to data (1); ``x0`` is noise, ``x1`` is data, and ``velocity`` is ``dx_t / dt``.
 """
 
+from lightning_flows.flow.affine import Affine, AffineGuidance, GaussianProduct, LogLinear, log_normal
 from lightning_flows.flow.condition import STREAMS, Condition, Tokens
 from lightning_flows.flow.couplings import Coupling, Independent, OptimalTransport
 from lightning_flows.flow.fields import Field, Velocity
@@ -22,6 +23,13 @@ from lightning_flows.flow.likelihood import (
     bits_per_dim,
     dequantize,
     log_prob,
+)
+from lightning_flows.flow.maximum_likelihood import (
+    DataNoise,
+    Dequantization,
+    GaussianNoise,
+    MaximumLikelihood,
+    tweedie,
 )
 from lightning_flows.flow.noise import Noise, SampleNoise, StepNoise, key, seeds_from
 from lightning_flows.flow.objectives import FlowMatching, Losses, Objective
@@ -59,12 +67,16 @@ __all__ = [
     "RK4",
     "STREAMS",
     "AdaptiveProjected",
+    "Affine",
+    "AffineGuidance",
     "Autoguidance",
     "ClassifierFree",
     "Condition",
     "CosMap",
     "Coupling",
+    "DataNoise",
     "Density",
+    "Dequantization",
     "Diffusion",
     "Divergence",
     "DormandPrince",
@@ -74,14 +86,18 @@ __all__ = [
     "Field",
     "FlowMatching",
     "Gaussian",
+    "GaussianNoise",
+    "GaussianProduct",
     "Guidance",
     "Heun",
     "Heun3",
     "Hutchinson",
     "Independent",
     "Linear",
+    "LogLinear",
     "LogitNormal",
     "Losses",
+    "MaximumLikelihood",
     "Midpoint",
     "Mode",
     "Noise",
@@ -115,6 +131,8 @@ __all__ = [
     "key",
     "log_prob",
     "seeds_from",
+    "log_normal",
     "shift_time",
+    "tweedie",
     "time_grid",
 ]

@@ -5,6 +5,8 @@ from lightning_flows.modules.autoencoder import KLAutoencoder
 from lightning_flows.modules.base import GenerativeModule
 from lightning_flows.modules.inversion import Inversion, Reconstruction, slerp
 from lightning_flows.modules.latent_flow import LatentFlowMatching
+from lightning_flows.modules.latent_space import LatentSpace
+from lightning_flows.modules.normalizing_flow import NormalizingFlow
 from lightning_flows.modules.perceptual import Perceptual, TimmFeatures
 from lightning_flows.modules.pretrained import from_pretrained, init_from
 from lightning_flows.modules.publishable import Publishable
@@ -16,6 +18,8 @@ __all__ = [
     "Inversion",
     "KLAutoencoder",
     "LatentFlowMatching",
+    "LatentSpace",
+    "NormalizingFlow",
     "Perceptual",
     "Publishable",
     "Reconstruction",

@@ -5,10 +5,14 @@ Parallelism, compilation and checkpointing are applied from outside.
 
 from lightning_flows.networks.adapter_folder import load_adapter, save_adapter
 from lightning_flows.networks.adm_unet import ADMUNet
+from lightning_flows.networks.causal import CausalLayer, KeyValueCache, LayerStyle
 from lightning_flows.networks.conditioning import LabelEmbedding, VelocityNetwork, check_condition
 from lightning_flows.networks.discriminator import PatchDiscriminator
 from lightning_flows.networks.dit import DIT_SIZES, DiT
 from lightning_flows.networks.edm_unet import EDMUNet
+from lightning_flows.networks.flow_block import FlowBlock
+from lightning_flows.networks.flow_stack import Drawn, Encoded, FlowStack, Part
+from lightning_flows.networks.inverse_methods import Automatic, InverseMethod, Jacobi, PerBlock, Sequential
 from lightning_flows.networks.layers import (
     Attention,
     Mlp,
@@ -40,21 +44,38 @@ from lightning_flows.networks.resizing import (
 )
 from lightning_flows.networks.reversed_time import ReversedTime
 from lightning_flows.networks.spatial import SemanticRescaler
+from lightning_flows.networks.starflow import STARFlow
+from lightning_flows.networks.tarflow import TARFlow
 from lightning_flows.networks.unet_blocks import UNetBlock
 
 __all__ = [
     "DIT_SIZES",
     "ADMUNet",
     "Attention",
+    "Automatic",
+    "CausalLayer",
     "DiT",
+    "Drawn",
     "EDMUNet",
+    "Encoded",
+    "FlowBlock",
+    "FlowStack",
+    "InverseMethod",
+    "Jacobi",
+    "KeyValueCache",
     "LabelEmbedding",
+    "LayerStyle",
     "Mlp",
+    "Part",
     "Patch",
     "PatchDiscriminator",
+    "PerBlock",
     "RMSNorm",
     "ReversedTime",
+    "STARFlow",
     "SemanticRescaler",
+    "Sequential",
+    "TARFlow",
     "TimestepEmbedder",
     "UNetBlock",
     "VelocityNetwork",
@@ -71,13 +92,13 @@ __all__ = [
     "merge_adapters",
     "modulate",
     "position_table",
+    "remove_adapters",
     "resize_input_channels",
     "resize_label_table",
     "resize_output_channels",
     "resize_patch_kernel",
     "resize_patch_rows",
     "resize_position_table",
-    "remove_adapters",
     "restore_blocks",
     "save_adapter",
     "shard_blocks",

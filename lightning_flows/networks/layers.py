@@ -50,24 +50,34 @@ def attention_backend(backend: AttentionBackend) -> Iterator[None]:
         _backend = previous
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """Scaled dot-product attention, ``softmax(q k^T / sqrt(D)) v``.
 
     Args:
         q: queries, shape (B, H, N, D).
-        k: keys, shape (B, H, M, D).
-        v: values, shape (B, H, M, D).
+        k: keys, shape (B, G, M, D); G divides H, and every H / G heads share keys and values.
+        v: values, shape (B, G, M, D).
         mask: True where a query may look, bool, two axes or more, broadcastable to (B, H, N, M).
+        causal: query i looks at the keys 0..i alone; instead of a mask.
 
     Returns:
         Shape (B, H, N, D).
+
+    References:
+        GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (Ainslie et al., 2023).
     """
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if _backend == "math":
-        return _plain_attention(q, k, v, mask)
+        return _plain_attention(q, k, v, _triangle(q, k) if causal else mask)
     if _backend == "flash":
         with sdpa_kernel(FUSED):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _triangle(q: Tensor, k: Tensor) -> Tensor:
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

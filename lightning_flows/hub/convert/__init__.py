@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_flows.hub.convert import dit, guided_diffusion, lfm_adm, lfm_dit, lfm_edm, sit, vae
+from lightning_flows.hub.convert import dit, guided_diffusion, lfm_adm, lfm_dit, lfm_edm, sit, starflow, tarflow, vae
 from lightning_flows.hub.convert.common import Format, card, read_state
 
 FORMATS: dict[str, Format] = {
@@ -24,6 +24,8 @@ FORMATS: dict[str, Format] = {
         dit.FORMAT,
         guided_diffusion.FORMAT,
         guided_diffusion.COSINE,
+        tarflow.FORMAT,
+        starflow.FORMAT,
         vae.FORMAT,
         vae.BACK,
     )
