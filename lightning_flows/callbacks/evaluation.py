@@ -200,7 +200,9 @@ class Evaluation(Callback):
         levels = getattr(asking[0], "levels", None)
         if levels is not None:  # grey levels; without them the density of the data as they are
             x = dequantize(x, levels, noise)
-        options = {"divergence": Hutchinson(self.probes)} if self.probes else {}
+        # a normalizing flow has no divergence to estimate
+        estimated = self.probes and not getattr(pl_module, "exact_log_prob", False)
+        options = {"divergence": Hutchinson(self.probes)} if estimated else {}
         log_prob = pl_module.log_prob(x, pl_module.condition_of(batch), **options)
         return {**outputs, "log_prob": log_prob, "dims": pl_module.density_dims(x)}
 
@@ -236,7 +238,7 @@ class Evaluation(Callback):
             pl_module.log(f"{self.prefix}/seconds_per_sample", seconds / drawn)
         for name, metric in self.metrics.items():
             needed = _most(trainer, self.scores.needed(name))
-            entry = self.scores.entry(name, real, scored, needed) | self._divergence(metric, real)
+            entry = self.scores.entry(name, real, scored, needed) | self._divergence(metric, real, pl_module)
             caution = {"caution": entry.pop("caution")} if "caution" in entry else {}
             if self._decoded and "real" in entry and sees_items(metric):
                 entry["real_items"] = "decoded from cached latents"
@@ -256,11 +258,12 @@ class Evaluation(Callback):
                 "more items or samples."
             )
 
-    def _divergence(self, metric: Metric, real: int) -> Json:
+    def _divergence(self, metric: Metric, real: int, pl_module: L.LightningModule) -> Json:
         """How a likelihood was computed."""
         if "log_prob" not in (consumed_by(metric) or ()):
             return {}
-        divergence = f"Hutchinson(probes={self.probes})" if self.probes else "Exact()"
+        estimated = self.probes and not getattr(pl_module, "exact_log_prob", False)
+        divergence = f"Hutchinson(probes={self.probes})" if estimated else "Exact()"
         return {"real": real, "divergence": divergence, "levels": getattr(metric, "levels", None)}
 
     def _write(self, trainer: L.Trainer) -> None:

@@ -3,7 +3,8 @@
 A folder holds ``index.json`` and shards of a fixed number of items. After each shard the index is replaced, so an
 interrupted encoding goes on where it stopped: shards whose checksums are right are kept, others written anew. What is
 kept of an image is the posterior of its latent in the units of z (after shift and scale), so that the draw of the
-posterior, the flips and the order stay those of a run on the images.
+posterior, the flips and the order stay those of a run on the images. With a frozen text encoder the tokens of the
+captions are kept beside them.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_flows.codecs import Codec
+from lightning_flows.codecs import Codec, TextEncoder
 from lightning_flows.data.base import SPLITS, FlowDataModule
 from lightning_flows.data.keyed import Collate, KeyedItems
-from lightning_flows.data.latents import INDEX, LATENTS, MIRRORED, VERSION, damage, read_index
+from lightning_flows.data.latents import INDEX, LATENTS, MIRRORED, TOKENS, VERSION, damage, read_index
 from lightning_flows.store import config_of, save_tensors, write_text
 from lightning_flows.store.resolve import sha256
 from lightning_flows.store.weights import whole_file
@@ -45,7 +46,8 @@ class LatentFormat:
     """How latents are kept.
 
     Args:
-        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``; the codec computes in float32 whatever is kept.
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``, of latents and tokens; they are computed in float32
+            whatever is kept.
         flip: also keep the latents of the mirrored images.
         mean_only: leave the deviations of the posterior out; training then always takes the means.
         shard_size: items in a shard.
@@ -80,11 +82,13 @@ class LatentWriter:
         data: images with the transforms of evaluation: no random crop, no flip.
         folder: made if needed; one that holds latents is completed if they are of the same kind.
         kept: how the latents are kept.
+        text: encodes the captions of the items; None keeps the captions alone.
         batch_size: images encoded at a time; that of the data module by default.
         device: where to encode.
 
     Raises:
-        ValueError: the folder holds latents of another codec, data or format; names what differs.
+        ValueError: the folder holds latents of another codec, text encoder, data or format (names what differs), a
+            text encoder that is still trained, or data in aspect-ratio buckets.
     """
 
     def __init__(
@@ -94,11 +98,17 @@ class LatentWriter:
         folder: str | Path,
         kept: LatentFormat | None = None,
         *,
+        text: TextEncoder | None = None,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        if text is not None and not text.frozen:
+            raise ValueError(f"text must be a frozen encoder: the tokens of a {type(text).__name__} change in training")
+        self.text = text
         self.codec, self.data, self.folder, self.kept = codec, data, Path(folder), kept or LatentFormat()
         self.batch_size, self.device = batch_size or data.batch_size, torch.device(device)
+        if data.buckets is not None:
+            raise ValueError(f"buckets={data.buckets} cannot be encoded: latents of one folder have one shape")
         if data.transforms["train"].crop == "random":
             rank_zero_warn("crop='random' cannot be kept: the images are cropped in the centre before they are encoded")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +163,7 @@ class LatentWriter:
         return {
             "version": VERSION,
             "codec": config_of(self.codec),
+            "text": None if self.text is None else config_of(self.text),
             "data": _description(self.data),
             "image_shape": list(shape),
             "latent_shape": list(self.codec.latent_shape(shape)),
@@ -181,7 +192,7 @@ class LatentWriter:
         fields: dict[str, list[Any]] = {}
         moments, done = Moments(self.index["latent_shape"][0]), places.start
         for batch in self._batches(items, places):
-            for name, values in {**self._encoded(batch, moments), **_others(batch)}.items():
+            for name, values in {**self._encoded(batch, moments), **self._texts(batch), **_others(batch)}.items():
                 fields.setdefault(name, []).extend(values)
             done += len(batch["index"])
             if progress is not None:
@@ -217,12 +228,21 @@ class LatentWriter:
                     encoded[name + end] = self._cast(values, batch)
         return encoded
 
-    def _cast(self, values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def _texts(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tokens of the captions of a batch as they are kept, and their mask."""
+        if self.text is None:
+            return {}
+        if "caption" not in batch:
+            raise ValueError(f"{type(self.data).__name__} gives no 'caption' to encode, only {sorted(batch)}")
+        values, mask = self.text.encode(batch["caption"], device=self.device, **self.text.facts_of(batch))
+        return dict(zip(TOKENS, (self._cast(values, batch, "text embedding"), mask.cpu()), strict=True))
+
+    def _cast(self, values: Tensor, batch: Mapping[str, Any], what: str = "latent") -> Tensor:
         cast = values.to("cpu", DTYPES[self.kept.dtype])
         finite = cast.flatten(1).isfinite().all(1)
         if not finite.all():
             item = int(batch["index"][~finite][0])
-            raise ValueError(f"the latent of item {item} is not finite in dtype={self.kept.dtype!r}")
+            raise ValueError(f"the {what} of item {item} is not finite in dtype={self.kept.dtype!r}")
         return cast
 
     def _write(self, stem: str, fields: Mapping[str, Any]) -> list[Path]:

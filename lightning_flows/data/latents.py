@@ -30,6 +30,7 @@ INDEX = "index.json"
 VERSION = 1
 MIRRORED = "_mirrored"  # ends the names of what belongs to the mirrored image
 LATENTS = ("latent", "latent_std")
+TOKENS = ("tokens", "tokens_mask")
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -154,13 +155,18 @@ class LatentTransform(ImageTransform):
     """Reads the latents of an item, of its mirrored copy where `ImageTransform` would have mirrored the image."""
 
     def __call__(self, item: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any]:
-        """The item with ``latent`` and, where kept, ``latent_std``, float32 (c, h, w); a mask is mirrored along."""
+        """The item with ``latent`` and, where kept, ``latent_std``, float32 (c, h, w); a mask is mirrored along.
+
+        Tokens come as float32 (L, D), whatever they were kept in; captions are not mirrored.
+        """
         _, _, mirror = self._draw(generator)
         row = item["row"]
         item = {name: value for name, value in item.items() if name != "row"} | row.latents(mirror)
         if "mask" in item:
             mask = item["mask"].long()
             item["mask"] = mask.flip(-1) if mirror else mask
+        if "tokens" in item:
+            item["tokens"] = item["tokens"].float()
         return item
 
 
@@ -168,7 +174,8 @@ class CachedLatents(FlowDataModule):
     """Latents of a folder that ``lightning-flows encode`` wrote, in the place of the images.
 
     Batches have the keys that those of the images had (label, caption, mask, index, epoch), with ``latent``
-    (B, c, h, w), the mean of the posterior in the units of z, and ``latent_std`` in the place of ``image``.
+    (B, c, h, w), the mean of the posterior in the units of z, and ``latent_std`` in the place of ``image``. Where a
+    frozen text encoder was at hand, ``tokens`` (B, L, D) and ``tokens_mask`` (B, L) stand beside each ``caption``.
     With float32 latents, the same ``seed`` and the same ``batch_size``, training sees the same items in the
     same order with the same flips as on the images.
 
@@ -242,6 +249,11 @@ class CachedLatents(FlowDataModule):
     def codec(self) -> dict[str, Any]:
         """Config of the codec that encoded the images; a model with another one refuses to train on them."""
         return self.index["codec"]
+
+    @property
+    def text(self) -> dict[str, Any] | None:
+        """Config of the text encoder of the tokens; a model with another one refuses them. None without tokens."""
+        return self.index.get("text")
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

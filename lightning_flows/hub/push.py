@@ -20,7 +20,7 @@ from lightning_flows.store.resolve import one_line
 
 SUFFIXES = {".json", ".safetensors", ".md", ".yaml", ".png", ".jpg", ".gif", ".mp4", ".glb", ".ply"}
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_PLACES = {"weights", "repo", "folder", "path", "file", "root", "checkpoint", "pretrained"}
+_PLACES = {"weights", "repo", "folder", "path", "file", "root", "checkpoint", "pretrained", "tokenizer"}
 _INSIDE = {"subfolder", "revision"}  # these name something inside a repository
 
 

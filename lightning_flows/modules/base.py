@@ -6,17 +6,34 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_flows.flow import Condition, SampleNoise, Solution, StepNoise, key, seeds_from
+from lightning_flows.codecs import TextEncoder
+from lightning_flows.flow import Condition, SampleNoise, Solution, StepNoise, Tokens, key, seeds_from
+from lightning_flows.modules.cached_latents import check_tokens
 from lightning_flows.modules.publishable import Publishable, run_seed
 
 Progress = Callable[[int, int], None]
 REQUESTED = {"label": "label", "caption": "tokens", "mask": "spatial"}  # key of a request -> stream of the condition
+
+
+class Sampled(NamedTuple):
+    """What a family draws whose density is known.
+
+    Attributes:
+        x: samples in data space, shape (B, ...).
+        nfe: network calls.
+        log_prob: log-density with which each was drawn, nats, shape (B,).
+    """
+
+    x: Tensor
+    nfe: int
+    log_prob: Tensor
 
 
 class GenerativeModule(Publishable):
@@ -28,12 +45,14 @@ class GenerativeModule(Publishable):
 
     Attributes:
         progress: called with (step, steps) while `predict_step` samples, or None.
+        text: makes the tokens of captions, for a network that reads tokens; None unless a family sets it.
 
     Raises:
         ValueError: an argument that a JSON config cannot say, such as a lambda.
     """
 
     network: nn.Module
+    knows_sample_density = False  # whether `generate` tells the density of what it draws
 
     def __init__(
         self,
@@ -43,6 +62,15 @@ class GenerativeModule(Publishable):
     ) -> None:
         super().__init__(optimizer=optimizer, lr_scheduler=lr_scheduler)
         self.progress: Progress | None = None
+        self.text: TextEncoder | None = None  # here: a class attribute would hide a submodule of this name
+
+    def setup(self, stage: str) -> None:
+        """Refuses cached tokens that are not this model's, before a step is taken.
+
+        Raises:
+            ValueError: tokens of another text encoder.
+        """
+        check_tokens(self.trainer.datamodule, self.text)
 
     # ------------------------------------------------------------------ training
 
@@ -88,8 +116,9 @@ class GenerativeModule(Publishable):
         seeds: Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
+        return_log_prob: bool = False,
         **options: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Samples in data space.
 
         Runs in eval mode. A sample depends on its own seed and condition alone, not on the batch around it.
@@ -101,16 +130,21 @@ class GenerativeModule(Publishable):
             seeds: or one seed for each sample, shape (B,).
             batch_size: most samples at a time; all by default.
             progress: called with (step, steps) after each step of the solver.
+            return_log_prob: also give the log-density with which each sample was drawn, where a family knows it.
             options: options of the family's `generate`.
 
         Returns:
-            What the codec decodes to: images in [-1, 1], shape (B, C, H, W).
+            What the codec decodes to: images in [-1, 1], shape (B, C, H, W); with ``return_log_prob``, that and nats
+            of each, (B,).
 
         Raises:
-            ValueError: counts that disagree, both ``seed`` and ``seeds``, or a condition that the network cannot use.
+            ValueError: counts that disagree, both ``seed`` and ``seeds``, a condition that the network cannot use, or
+                a density that the family does not know.
         """
+        if return_log_prob and not self.knows_sample_density:
+            raise ValueError(f"return_log_prob: {type(self).__name__} does not know it; use log_prob on the samples")
         every = self._seeds(condition, n, seed, seeds)
-        size, parts = len(every) if batch_size is None else batch_size, []
+        size, parts, densities = len(every) if batch_size is None else batch_size, [], []
         if size < 1:
             raise ValueError(f"batch_size must be at least 1, got {size}")
         with evaluation(self):
@@ -118,8 +152,11 @@ class GenerativeModule(Publishable):
                 chunk = slice(start, start + size)
                 part = condition[chunk].to(self.device) if condition is not None else None
                 noise = SampleNoise(every[chunk])
-                parts.append(self.generate(part, noise, progress=progress, **options).x)
-        return torch.cat(parts)
+                here = {name: v[chunk] if _has_rows(v) else v for name, v in options.items()}
+                drawn = self.generate(part, noise, progress=progress, **here)
+                parts.append(drawn.x)
+                densities += [drawn.log_prob] if return_log_prob else []
+        return (torch.cat(parts), torch.cat(densities)) if return_log_prob else torch.cat(parts)
 
     @staticmethod
     def _seeds(
@@ -151,7 +188,8 @@ class GenerativeModule(Publishable):
             if name in batch and stream not in streams:
                 reads = list(streams) or "no condition at all"
                 raise ValueError(f"the requests give {name!r}, but {type(self.network).__name__} reads {reads}")
-        sample = self.sample(self.condition_of(batch), seeds=batch["seed"], progress=self.progress)
+        options = {"progress": self.progress, **self.options_of(batch)}
+        sample = self.sample(self.condition_of(batch), seeds=batch["seed"], **options)
         return {"id": batch["id"], "sample": sample}
 
     @torch.no_grad()
@@ -172,11 +210,86 @@ class GenerativeModule(Publishable):
             "seconds": seconds,
         }
 
+    def options_of(self, batch: Any) -> dict[str, Any]:
+        """What a batch of requests asks of `generate` beside its condition."""
+        return {}
+
     def condition_of(self, batch: Any) -> Condition | None:
-        """The condition that the network takes, from the keys of a batch; None where it takes none."""
-        if "label" in getattr(self.network, "streams", ()) and batch.get("label") is not None:
-            return Condition(label=batch["label"])
-        return None
+        """The condition that the network takes, from the keys of a batch; None where it takes none.
+
+        Tokens are those that were cached, else those of the captions.
+
+        Raises:
+            ValueError: captions for a network that reads tokens, but no text encoder.
+        """
+        streams = getattr(self.network, "streams", ())
+        given = {
+            "label": batch.get("label") if "label" in streams else None,
+            "tokens": self._tokens_of(batch) if "tokens" in streams else None,
+        }
+        return None if all(value is None for value in given.values()) else Condition(**given)
+
+    def _tokens_of(self, batch: Any) -> Tokens | None:
+        if batch.get("tokens") is not None:
+            return Tokens(batch["tokens"].float(), batch["tokens_mask"])
+        if batch.get("caption") is None:
+            return None
+        if self.text is None:
+            raise ValueError(
+                f"the batch has a 'caption' and {type(self.network).__name__} reads tokens, but there is no text "
+                f"encoder: give {type(self).__name__} text=..., such as codecs.FrozenText or codecs.WordEncoder"
+            )
+        return self.text.encode(batch["caption"], device=self.device, **self.text.facts_of(batch))
+
+    def null_condition(self, condition: Condition | None, batch_size: int | None = None, **facts: Any) -> Condition:
+        """The same condition with every stream of the network absent; with a text encoder, tokens of the null prompt.
+
+        Args:
+            condition: of B samples; None for none.
+            batch_size: number of samples where there is no condition to tell it: a network that reads tokens is then
+                given those of the null prompt too.
+            facts: see `filled`.
+        """
+        null = self.network.null(condition, batch_size)
+        size = null.batch_size or batch_size
+        lacking = null.tokens is None and "tokens" in getattr(self.network, "streams", ())
+        if self.text is not None and lacking and size is not None:
+            return replace(null, tokens=self.text.null(size, device=self.device, **facts))
+        return self.filled(null, **facts)
+
+    def filled(self, condition: Condition | None, **facts: Any) -> Condition | None:
+        """Values and mask of absent tokens replaced by those of the null prompt, which then is their prompt: present.
+
+        For what a network's ``drop`` or ``null`` made: whatever absent tokens are to the network, it sees what an empty
+        caption is encoded to. Without a text encoder, the condition itself.
+
+        Args:
+            condition: of B samples; None for none.
+            facts: about the data, for the template of the prompts: ``self.text.facts_of(batch)``.
+
+        Raises:
+            ValueError: tokens of another length or width than those of the text encoder.
+        """
+        if self.text is None or condition is None or condition.tokens is None or "tokens" not in condition.present:
+            return condition
+        values, mask = condition.tokens
+        if values.shape[1:] != (self.text.length, self.text.size):
+            raise ValueError(
+                f"condition.tokens must have shape (B, {self.text.length}, {self.text.size}), those of the text "
+                f"encoder, got {tuple(values.shape)}"
+            )
+        null = self.text.null(len(values), device=values.device, **facts)
+        here = condition.presence("tokens", device=values.device)
+        filled = Tokens(
+            torch.where(here[:, None, None], values, null.values.to(values.dtype)),  # (B, L, D)
+            torch.where(here[:, None], mask, null.mask),
+        )
+        others = {name: present for name, present in condition.present.items() if name != "tokens"}
+        return replace(condition, tokens=filled, present=others)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, Condition) and value.batch_size is not None
 
 
 def clock(device: torch.device) -> float:

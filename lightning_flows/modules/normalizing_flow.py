@@ -32,7 +32,6 @@ from lightning_flows.flow import (
     Noise,
     SampleNoise,
     StepNoise,
-    Tokens,
     key,
     log_normal,
     seeds_from,
@@ -103,8 +102,9 @@ class NormalizingFlow(LatentSpace):
         """See `GenerativeModule.losses`; logs hold ``nll``, nats per dimension of the latents with noise."""
         z, condition = self.latent_of(batch, noise), self.condition_of(batch)
         if self.training:
-            condition = self.network.drop(condition, noise.generator("drop"))
-        return self.objective(self.network, z, self._seen(condition, **self._facts(batch)), noise)
+            facts = {} if self.text is None else self.text.facts_of(batch)
+            condition = self.filled(self.network.drop(condition, noise.generator("drop")), **facts)
+        return self.objective(self.network, z, condition, noise)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of a batch, a scalar; logs ``train/loss`` and ``train/nll``."""
@@ -115,11 +115,7 @@ class NormalizingFlow(LatentSpace):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Losses of a batch with the same noise at every validation; logs ``val/loss`` and ``val/nll``.
-
-        The outputs hold ``log_prob`` (B,) of the noisy data, pixels or latents, and their ``dims``, for likelihood
-        metrics.
-        """
+        """Losses of a batch with the same noise at every validation; logs ``val/loss`` and ``val/nll``."""
         noise = StepNoise(key("validation", run_seed()), batch_idx, self.global_rank)
         losses = self.losses(batch, noise)
         size = len(losses.loss)
@@ -127,24 +123,13 @@ class NormalizingFlow(LatentSpace):
         self.log("val/nll", losses.logs["nll"].mean(), batch_size=size, sync_dist=True)
         return {"loss": losses.loss.mean(), "losses": losses.loss, **losses.logs}
 
-    def _seen(self, condition: Condition | None, **facts: Any) -> Condition | None:
-        """What the network sees of a condition: absent texts are those of the null prompt."""
-        filled = self.filled(condition, **facts)
-        if self.text is None or filled is None or filled.tokens is None:
-            return filled
-        return replace(filled, present={name: mask for name, mask in filled.present.items() if name != "tokens"})
-
-    def _facts(self, batch: Any) -> dict[str, Any]:
-        """What the template of the prompts says of a batch: its aspect ratio, where it says one."""
-        template = None if self.text is None else self.text.template
-        said = template is not None and template.aspect is not None and batch.get("aspect") is not None
-        return {"aspect": batch["aspect"][0]} if said else {}
-
-    def _tokens_of(self, batch: Any) -> Tokens | None:
-        facts = self._facts(batch)
-        if facts and batch.get("tokens") is None and batch.get("caption") is not None and self.text is not None:
-            return self.text.encode(batch["caption"], device=self.device, **facts)
-        return super()._tokens_of(batch)
+    def options_of(self, batch: Any) -> dict[str, Any]:
+        """See `GenerativeModule.options_of`: the size, and the null prompt, of the aspect ratio that is asked for."""
+        if batch.get("aspect") is None:
+            return {}
+        condition, facts = self.condition_of(batch), {} if self.text is None else self.text.facts_of(batch)
+        null = self.null_condition(condition, len(batch["aspect"]), **facts) if facts else None
+        return {"size": self.size_of(batch["aspect"][0]), "null": null}
 
     # ------------------------------------------------------------------ sampling
 
@@ -205,9 +190,9 @@ class NormalizingFlow(LatentSpace):
             null = self.null_condition(condition, len(z))
         return self.network.draw(
             z,
-            self._seen(condition),
+            self.filled(condition),
             guidance=rule,
-            null=self._seen(null),
+            null=self.filled(null),
             method=method or self.method,
             watch=None if progress is None else self._watch(z, progress),
         )
@@ -272,7 +257,7 @@ class NormalizingFlow(LatentSpace):
 
     def latent_log_prob(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """Log-density in nats of latents as the network reads them, (B, C, H, W) -> (B,); differentiable."""
-        noise, log_det = self.network(z, self._seen(condition))
+        noise, log_det = self.network(z, self.filled(condition))
         with without_autocast(z.device):
             return self.log_prior(noise) + log_det
 
@@ -310,7 +295,7 @@ class NormalizingFlow(LatentSpace):
         """The noise z (B, C, H, W) of data x (B, ...), in eval mode: the inverse of `from_noise` without denoising."""
         with evaluation(self):
             noise = SampleNoise(seeds_from(seed, len(x)))
-            return self.network(self.encode(x.to(self.device), noise), self._seen(condition))[0]
+            return self.network(self.encode(x.to(self.device), noise), self.filled(condition))[0]
 
     @torch.no_grad()
     def from_noise(
@@ -329,10 +314,8 @@ class NormalizingFlow(LatentSpace):
 
     # ------------------------------------------------------------------ prediction
 
-    def size_of(self, aspect: str | None) -> tuple[int, int] | None:
+    def size_of(self, aspect: str) -> tuple[int, int]:
         """Height and width of a latent of an aspect ratio such as ``"16:9"``, with the area of the model's own."""
-        if aspect is None:
-            return None
         _, height, width = self.shape
         return bucket_size(aspect, round((height * width) ** 0.5), self.network.patch_size)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from lightning_flows.cli import HELP, dispatch
+from lightning_flows.codecs import FrozenText
 from lightning_flows.data import CachedLatents
+from tests.codecs import tiny_text
 
 RECIPE = """\
 seed_everything: 3
@@ -116,3 +118,56 @@ def test_interpolations_of_the_recipe_are_resolved(place):
     encode("--splits=val")
     index = json.loads((place / "latents" / "index.json").read_text())
     assert index["data"]["init_args"]["val_fraction"] == 0.01
+
+
+TEXT = """\
+    text:
+      class_path: FrozenText
+      init_args: {repo: t5, length: 6, template: {noise_std: 0.3}}
+"""
+
+
+@pytest.fixture
+def captioned(place):
+    """The same place, with a recipe of captions in the place of digits."""
+    from PIL import Image
+
+    (place / "shoes").mkdir()
+    lines = []
+    for i, colour in enumerate(["red", "blue", "green", "red"]):
+        Image.new("L", (8, 8), 40 * i).save(place / "shoes" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"{colour} cat"}))
+    (place / "shoes" / "metadata.jsonl").write_text("\n".join(lines))
+    tiny_text.write_t5(place / "t5")
+    head, _, _ = RECIPE.partition("data:")
+    data = "data:\n  class_path: CaptionFolder\n  init_args: {root: shoes, size: 8, channels: 1, batch_size: 2}\n"
+    (place / "recipe.yaml").write_text(head + TEXT + data)
+    return place
+
+
+def test_captions_are_kept_as_tokens_of_a_frozen_text_encoder(captioned):
+    encode("--dtype=float32")
+    data = CachedLatents("latents", batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    text = FrozenText("t5", length=6)
+    assert data.text["init_args"]["template"]["init_args"]["noise_std"] == 0.3
+    assert {"repo": "t5", "length": 6}.items() <= data.text["init_args"].items()
+    prompts = [f"Noise Level 300:\n{caption}" for caption in batch["caption"]]
+    torch.testing.assert_close(batch["tokens"], text.encode(prompts).values)
+    assert batch["tokens_mask"].shape == (4, 6)
+
+
+def test_options_override_the_text_encoder(captioned):
+    encode("--model.init_args.text.init_args.length=4")
+    assert CachedLatents("latents", batch_size=1).dataset("train")[0]["tokens"].shape == (4, 8)
+
+
+def test_tokens_of_a_trained_encoder_are_not_kept(captioned):
+    recipe = captioned / "recipe.yaml"
+    text = recipe.read_text().replace("FrozenText", "WordEncoder")
+    recipe.write_text(text.replace("{repo: t5, length: 6, template: {noise_std: 0.3}}", "{size: 4}"))
+    encode()
+    item = CachedLatents("latents").dataset("train")[0]
+    assert item["caption"] == "red cat"
+    assert "tokens" not in item
+    assert CachedLatents("latents").text is None

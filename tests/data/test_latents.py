@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lightning_flows.codecs import Codec, Posterior
+from lightning_flows.codecs import Codec, Posterior, PromptTemplate, TextEncoder, WordEncoder
 from lightning_flows.data import CachedLatents, FlowDataModule, LatentFormat, LatentWriter
+from lightning_flows.flow.condition import Tokens
 from lightning_flows.flow.couplings import OptimalTransport
 
 
@@ -260,3 +261,87 @@ def test_requests_carry_the_labels_of_the_latents(folder):
     cached = CachedLatents(str(folder), batch_size=3, test_split="val")
     batch = next(iter(cached.predict_dataloader()))
     assert batch["id"] == ["00000-label0", "00001-label1", "00002-label2"]
+
+
+# ---- captions as tokens
+
+
+class Letters(TextEncoder):
+    """A token for each of the first letters: two numbers that tell which."""
+
+    frozen = True
+    size = 2
+
+    def __init__(self, length: int = 12, gain: float = 0.01, template: PromptTemplate | None = None) -> None:
+        super().__init__(length, template)
+        self.gain = gain
+
+    def embed(self, prompts, device=None):
+        codes = [[ord(letter) * self.gain for letter in prompt[: self.length]] for prompt in prompts]
+        values = torch.tensor([code + [0.0] * (self.length - len(code)) for code in codes])
+        mask = torch.arange(self.length) < torch.tensor([len(code) for code in codes])[:, None]
+        return Tokens(torch.stack([values, -values], -1), mask)
+
+
+def write_tokens(folder, text=None, data=None, splits=("train", "val"), **kept):
+    kept = LatentFormat(**{"dtype": "float32", "flip": True, "shard_size": 8, **kept})
+    writer = LatentWriter(Sums(), data or Pictures(), folder, kept, text=text or Letters(), batch_size=3)
+    return [writer.write(split) for split in splits]
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npy"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tokens_lie_beside_the_latents(folder, format, workers):
+    write_tokens(folder, format=format)
+    live, cached = Pictures(seed=5), CachedLatents(str(folder), batch_size=4, seed=5, num_workers=workers, verify=True)
+    for a, b in zip(live.train_dataloader(), cached.train_dataloader(), strict=True):
+        expected = Letters().encode(a["caption"])
+        assert a["caption"] == b["caption"]
+        assert torch.equal(b["tokens"], expected.values)
+        assert torch.equal(b["tokens_mask"], expected.mask)
+        assert b["tokens"].dtype == torch.float32
+        assert b["tokens_mask"].dtype == torch.bool
+        assert b["tokens_mask"].sum(1).min() < 11  # "picture 3"
+    assert index_of(folder)["text"] == cached.text == Letters().config
+    assert write_tokens(folder, format=format) == [0, 0]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("bfloat16", 8e-3)])
+def test_tokens_are_kept_in_the_dtype_of_the_latents(folder, dtype, error):
+    write_tokens(folder, dtype=dtype, splits=["val"])
+    stored = CachedLatents(str(folder)).dataset("val").items[1]["tokens"]
+    item = CachedLatents(str(folder)).dataset("val")[1]
+    expected = Letters().encode(["picture 1"]).values[0]
+    assert stored.dtype == getattr(torch, dtype)
+    assert item["tokens"].dtype == torch.float32
+    assert 0 < (item["tokens"] - expected).abs().max() < error
+
+
+def test_tokens_of_one_encoder_are_not_mixed_with_those_of_another(folder, tmp_path):
+    write_tokens(folder, splits=["val"])
+    with pytest.raises(ValueError, match=r"holds latents with another text: .*\"length\": 12.*\"length\": 13"):
+        write_tokens(folder, Letters(13))
+    with pytest.raises(ValueError, match=r"holds latents with another text: .*\"fps\": 0"):
+        write_tokens(folder, Letters(template=PromptTemplate(fps=0)))
+    with pytest.raises(ValueError, match=r"holds latents with another text: .* instead of null"):
+        write(folder)
+    write(tmp_path / "plain", splits=["val"])
+    assert CachedLatents(str(tmp_path / "plain")).text is None
+
+
+def test_folders_of_earlier_versions_are_read_and_completed(folder):
+    write(folder, splits=["val"])
+    index = index_of(folder)
+    del index["text"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert CachedLatents(str(folder)).text is None
+    assert write(folder) == [3, 0]
+
+
+def test_what_cannot_be_kept_of_a_text_is_named(folder):
+    with pytest.raises(ValueError, match="text must be a frozen encoder: the tokens of a WordEncoder change in"):
+        LatentWriter(Sums(), Pictures(), folder, text=WordEncoder())
+    with pytest.raises(ValueError, match="Pictures gives no 'caption' to encode, only"):
+        write_tokens(folder, data=Pictures(texts=False))
+    with pytest.raises(ValueError, match="the text embedding of item 0 is not finite in dtype='float16'"):
+        write_tokens(folder, Letters(gain=1e4), dtype="float16")

@@ -8,11 +8,13 @@ import torch
 from torch.utils.data import Subset
 
 from lightning_flows.callbacks import Evaluation
-from lightning_flows.codecs import AutoencoderKL, Codec, Identity, Posterior
+from lightning_flows.codecs import AutoencoderKL, Codec, Identity, Posterior, WordEncoder
 from lightning_flows.data import CachedLatents, Digits, LatentFormat, LatentWriter
 from lightning_flows.data.digits import DigitItems
+from lightning_flows.flow import Losses as FlowLosses
 from lightning_flows.flow import StepNoise
 from lightning_flows.metrics import Frechet, Pixels
+from lightning_flows.modules import GenerativeModule
 from tests.modules.tiny import dit, model
 
 
@@ -153,3 +155,48 @@ def test_any_codec_draws_from_what_was_kept():
     assert torch.equal(drawn, torch.randn(2, 3, generator=torch.Generator().manual_seed(0)))
     assert Wide().draw(Posterior(mean, None), torch.Generator()) is mean
     assert Wide().draw(Posterior(mean, std)) is mean
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_tokens_of_another_text_encoder_are_refused_with_both_named(quiet_trainer, verb):
+    data = Captions(WordEncoder(6, length=4).config)
+    with pytest.raises(ValueError, match=r"tokens were encoded by .*\"length\": 4.* text encoder is .*\"length\": 5"):
+        getattr(quiet_trainer(max_steps=1), verb)(Written(WordEncoder(6, length=5)), datamodule=data)
+
+
+@pytest.mark.parametrize("text", [WordEncoder(6, length=4), None])
+def test_tokens_of_the_same_encoder_pass_and_those_that_nobody_reads(quiet_trainer, text):
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(Written(text), datamodule=Captions(WordEncoder(6, length=4).config))
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(Written(text), datamodule=Captions(None))
+    assert trainer.global_step == 1
+
+
+class Captions(L.LightningDataModule):
+    """Says of its tokens what `CachedLatents` says."""
+
+    def __init__(self, text) -> None:
+        super().__init__()
+        self.text = text
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([torch.ones(2)], batch_size=1)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class Written(GenerativeModule):
+    """Nothing but a parameter and a text encoder."""
+
+    generate = log_prob = None
+
+    def __init__(self, text=None) -> None:
+        super().__init__()
+        self.network, self.text = torch.nn.Linear(2, 1), text
+
+    def losses(self, batch, noise):
+        return FlowLosses(self.network(batch).square().mean(1), {})
