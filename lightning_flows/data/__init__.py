@@ -2,6 +2,8 @@
 
 from lightning_flows.data.arrays import Arrays
 from lightning_flows.data.base import Batch, FlowDataModule
+from lightning_flows.data.bucketed import BucketEvaluationSampler, BucketSampler
+from lightning_flows.data.buckets import AspectBuckets
 from lightning_flows.data.digits import Digits
 from lightning_flows.data.folders import CaptionFolder, ImageFolder
 from lightning_flows.data.keyed import EvaluationSampler, KeyedItems, KeyedLoader, KeyedSampler
@@ -18,7 +20,10 @@ __all__ = [
     "CIFAR10",
     "MNIST",
     "Arrays",
+    "AspectBuckets",
     "Batch",
+    "BucketEvaluationSampler",
+    "BucketSampler",
     "CachedLatents",
     "CaptionFolder",
     "Digits",

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_flows.data.broken import InMemory, SkipBroken
+from lightning_flows.data.bucketed import bucketed_evaluation, bucketed_requests, bucketed_training
+from lightning_flows.data.buckets import AspectBuckets, AspectItems, sort_into, transforms_of
 from lightning_flows.data.keyed import Collate, EvaluationSampler, KeyedItems, KeyedLoader, KeyedSampler
 from lightning_flows.data.requests import ItemRequests
 from lightning_flows.data.transforms import ImageTransform, Scaling, height_width
@@ -36,8 +38,11 @@ class Batch(TypedDict, total=False):
         label: class index, int64, (B,).
         caption: one text for each item.
         mask: class id of every pixel, int64, (B, H, W).
+        aspect: width to height of each image's bucket, such as "16:9"; one for all of a batch.
         latent: encoded image, the mean of its posterior, float32, (B, c, h, w).
         latent_std: deviation of that posterior, float32, (B, c, h, w).
+        tokens: encoded caption, float32, (B, L, D).
+        tokens_mask: where a token is real and not padding, bool, (B, L).
         video: float32 in [-1, 1], (B, T, C, H, W).
         object: whatever a 3D family reads.
         source: noise x0 coupled with the images, float32, (B, C, H, W).
@@ -49,8 +54,11 @@ class Batch(TypedDict, total=False):
     label: Tensor
     caption: list[str]
     mask: Tensor
+    aspect: list[str]
     latent: Tensor
     latent_std: Tensor
+    tokens: Tensor
+    tokens_mask: Tensor
     video: Tensor
     object: Any
     source: Tensor
@@ -79,6 +87,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         scaling: ``"bicubic"``, or ``"adm"``: as the published ImageNet runs scale (halvings, then bicubic), so
             that ``crop="center"`` gives their pixels; for images of 8 bits.
         background: grey level 0..255 under transparent pixels that lose their alpha.
+        buckets: sizes of different shapes in the place of ``size``: every image is scaled to cover the size of the
+            nearest shape and cropped to it, and a batch holds images of one of them.
         val_fraction: part of the training items set aside for validation, where the data has no such split.
         test_fraction: the same for the test.
         test_split: the split that ``test`` and ``predict`` read.
@@ -114,6 +124,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         flip: bool = False,
         scaling: Scaling = "bicubic",
         background: int = 255,
+        buckets: AspectBuckets | None = None,
         val_fraction: float = 0.0,
         test_fraction: float = 0.0,
         test_split: Literal["train", "val", "test"] = "test",
@@ -140,9 +151,8 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         self.seed, self.split_seed = seed, split_seed
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.persistent_workers = num_workers > 0 if persistent_workers is None else persistent_workers
-        training = ImageTransform(size, resize, crop, flip, scaling)
-        evaluation = ImageTransform(size, resize, scaling=scaling)
-        self.transforms = {"train": training, "val": evaluation, "test": evaluation}
+        options = {"crop": crop, "flip": flip, "scaling": scaling}
+        self.buckets, self.transforms = buckets, transforms_of(ImageTransform(size, resize, **options), buckets)  # type: ignore[arg-type]
         self._raw: dict[str, Dataset | None] = {}
         self._datasets: dict[str, KeyedItems | None] = {}
 
@@ -170,7 +180,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image; reads the first one where ``size`` and ``channels`` do not say it."""
+        """(C, H, W) of an image; reads the first one where ``size`` and ``channels`` do not say it (and of buckets)."""
         if self.size is not None and self.channels is not None:
             return (self.channels, *self.size)
         channels, height, width = self.dataset("train")[0]["image"].shape
@@ -183,9 +193,7 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
             ValueError: there is no such split.
         """
         if split not in self._datasets:
-            items = self._items(split)
-            if items is not None and self.on_broken == "skip":
-                items = SkipBroken(items, self.max_broken, split)
+            items = self._prepared(split)
             seed = self.seed if split == "train" else None
             self._datasets[split] = None if items is None else KeyedItems(items, self.transforms[split], seed=seed)
         found = self._datasets[split]
@@ -219,6 +227,15 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
             raise ValueError(f"{split}_fraction={self.fractions[split]} needs a train split to take the items from")
         return Subset(whole, self._places(split, len(whole)))  # type: ignore[arg-type]
 
+    def _prepared(self, split: str) -> Dataset | None:
+        """The items of a split: with buckets those that are large enough; broken ones replaced where asked for."""
+        items, lenient, places = self._items(split), self.on_broken == "skip", None
+        if items is not None and self.buckets is not None:
+            items, places = sort_into(self.buckets, items, split, lenient)
+        if items is not None and lenient:
+            items = SkipBroken(items, self.max_broken, split)
+        return items if places is None else AspectItems(items, self.buckets.ratios, places)  # type: ignore
+
     def _places(self, split: str, length: int) -> list[int]:
         """Sorted positions of a split within ``length`` items: test first, then val, the rest is train."""
         order = torch.randperm(length, generator=generator_of(self.split_seed, "split"))
@@ -238,7 +255,9 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
     def broken(self, split: str) -> list[int]:
         """Places of a split's items that were found to be broken so far (``on_broken="skip"``)."""
         found = self._datasets.get(split)
-        return found.items.broken if found is not None and isinstance(found.items, SkipBroken) else []
+        items = found.items if found is not None else None
+        items = items.items if isinstance(items, AspectItems) else items
+        return items.broken if isinstance(items, SkipBroken) else []
 
     def teardown(self, stage: str | None = None) -> None:
         """Says how many items were replaced."""
@@ -261,14 +280,16 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
         Raises:
             ValueError: there is no full batch.
         """
-        items = self.dataset("train")
-        sampler = KeyedSampler(len(items), seed=self.seed, drop_last=self.drop_last, **self._replica())
+        items, collate = self.dataset("train"), Collate(self.coupling, self.seed)
+        order = {"seed": self.seed, "drop_last": self.drop_last, **self._replica()}
+        if isinstance(items.items, AspectItems):
+            return bucketed_training(items, items.items, order, collate_fn=collate, **self._options())
+        sampler = KeyedSampler(len(items), **order)
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} on {sampler.world_size} device(s) is more than the "
                 f"{len(items)} training items: there is no full batch (lower batch_size, or drop_last=False)"
             )
-        collate = Collate(self.coupling, self.seed)
         return KeyedLoader(items, sampler=sampler, collate_fn=collate, drop_last=self.drop_last, **self._options())
 
     def val_dataloader(self) -> DataLoader | list:
@@ -281,9 +302,15 @@ class FlowDataModule(LightningDataModule, Recorded, ABC):
 
     def predict_dataloader(self) -> DataLoader:
         """One request (id, seed, condition) for every item of ``test_split``."""
-        return self._evaluation(ItemRequests(self.dataset(self.test_split), self.seed))
+        items = self.dataset(self.test_split)
+        requests = ItemRequests(items, self.seed)
+        if isinstance(items.items, AspectItems):
+            return bucketed_requests(requests, items.items.buckets, self._replica(), **self._options())
+        return self._evaluation(requests)
 
     def _evaluation(self, items: Dataset, wrap: bool = False) -> DataLoader:
+        if isinstance(items, KeyedItems) and isinstance(items.items, AspectItems):
+            return bucketed_evaluation(items, items.items.buckets, wrap, self._replica(), **self._options())
         sampler = EvaluationSampler(len(items), wrap=wrap, **self._replica())  # type: ignore[arg-type]
         return DataLoader(items, sampler=sampler, collate_fn=Collate(), **self._options())
 

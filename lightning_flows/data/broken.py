@@ -89,6 +89,11 @@ class InMemory(Dataset):
             raise item
         return dict(item)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image of item ``index``."""
+        height, width = self[index]["image"].shape[-2:]
+        return height, width
+
 
 def _read_or_keep_error(items: Dataset, index: int) -> dict[str, Any] | Exception:
     try:

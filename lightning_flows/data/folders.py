@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from lightning_flows.data.base import SPLITS, FlowDataModule
-from lightning_flows.data.transforms import IMAGE_SUFFIXES, read_image
+from lightning_flows.data.transforms import IMAGE_SUFFIXES, picture_size, read_image
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -47,6 +47,10 @@ class FileItems(Dataset):
         """``image`` uint8 (C, H, W) and the fields."""
         image = read_image(self.files[index], self.channels, self.background)
         return {"image": image, **self.fields[index]}
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image, from the header of its file."""
+        return picture_size(self.files[index], str(self.files[index]))
 
 
 class PictureFolder(FlowDataModule):

@@ -90,7 +90,7 @@ class KeyedSampler(_RankSampler):
         super().__init__(length, rank=rank, world_size=world_size)
         self.seed, self.drop_last = int(seed), drop_last
         # set by the loader for an iteration that resumes a run:
-        self.start = 0  # items of this rank that are skipped
+        self.start = 0  # what this rank skips of the iteration
         self.offset = 0  # epochs that the trainer counted, but that had no batch
 
     def __len__(self) -> int:
@@ -99,9 +99,20 @@ class KeyedSampler(_RankSampler):
 
     def order(self, epoch: int) -> Tensor:
         """Positions of this rank's items in one epoch, int64, shape (len(self),)."""
-        permutation = torch.randperm(self.length, generator=generator_of(self.seed, "order", epoch))
         places = torch.arange(len(self)) * self.world_size + self.rank
-        return permutation[places % self.length]  # the remainder only matters where drop_last=False wraps around
+        return self.permutation(epoch)[places % self.length]  # the remainder only matters where drop_last=False wraps
+
+    def permutation(self, epoch: int) -> Tensor:
+        """All positions in the order of one epoch, the same on every rank, int64, shape (N,)."""
+        return torch.randperm(self.length, generator=generator_of(self.seed, "order", epoch))
+
+    def units(self, batch_size: int) -> dict[str, Any]:
+        """What the batches of a loader's state are counted in, and what their order depends on.
+
+        Args:
+            batch_size: items in a batch of this rank.
+        """
+        return {"global_batch": batch_size * self.world_size, "length": self.length, "seed": self.seed}
 
     def __iter__(self) -> Iterator[int]:
         """Integers ``epoch * length + index``, from item ``start`` of this rank on."""
@@ -183,7 +194,7 @@ class Collate:
         """The batch; with a coupling also ``source``: x0 of the shape of the images (or cached latents), (B, C, H, W).
 
         Raises:
-            ValueError: images of different shapes, or a coupling that moves the data instead of the noise.
+            ValueError: images or masks of different shapes, or a coupling that moves the data instead of the noise.
         """
         self._check(items)
         batch = default_collate(list(items))
@@ -192,12 +203,12 @@ class Collate:
         return batch
 
     def _check(self, items: Sequence[Mapping[str, Any]]) -> None:
-        shapes = sorted({tuple(item["image"].shape) for item in items if "image" in item})
-        if len(shapes) > 1:
-            raise ValueError(
-                f"images of one batch must have one shape, got {shapes}: "
-                "give the data module a size=... (and channels=...)"
-            )
+        for name in ("image", "mask"):
+            shapes = sorted({tuple(item[name].shape) for item in items if name in item})
+            if len(shapes) > 1:
+                several = len({item.get("aspect") for item in items}) > 1
+                hint = "they have several aspects" if several else "give the data module a size=... (and channels=...)"
+                raise ValueError(f"{name}s of one batch must have one shape, got {shapes}: {hint}")
 
     def _source(self, batch: Mapping[str, Any]) -> Tensor:
         x1 = batch["image"] if "image" in batch else batch["latent"]
@@ -253,31 +264,30 @@ class KeyedLoader(DataLoader):
             return epoch + 1, 0
         return epoch, done if self._resuming else 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Epoch (and the trainer's number for it), batches handed out in it, and what they are counted in."""
         epoch, batches = self._position
         announced = epoch if self._announced is None else self._announced
         return {"epoch": epoch, "trainer_epoch": announced, "batches": batches, **self._units()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``state`` was taken.
 
         With another number of devices or batch size the epoch goes on at the last whole batch; with
-        another number of items or another seed the order is another one: a warning says that the epoch starts
-        anew.
+        another number of items, another seed or other buckets the order is another one: a warning says that the
+        epoch starts anew.
         """
         if not isinstance(self.sampler, KeyedSampler) or not state:
             return
         units, samples = self._units(), state["batches"] * state["global_batch"]
-        if any(units[name] != state[name] for name in ("length", "seed")):
+        if any(units.get(name) != state.get(name) for name in ("length", "seed", "buckets")):
             rank_zero_warn(f"the training data changed from {dict(state)} to {units}: the epoch starts anew")
             samples = 0
         self._position = (state["epoch"], min(samples // units["global_batch"], len(self)))
         self._announced, self._resuming = state["trainer_epoch"], True
         self.sampler.set_epoch(state["trainer_epoch"])
 
-    def _units(self) -> dict[str, int]:
+    def _units(self) -> dict[str, Any]:
         if not isinstance(self.sampler, KeyedSampler):
             return {"global_batch": 0, "length": 0, "seed": 0}
-        size = (self.batch_size or 1) * self.sampler.world_size
-        return {"global_batch": size, "length": self.sampler.length, "seed": self.sampler.seed}
+        return self.sampler.units(self.batch_size or 1)

@@ -132,6 +132,10 @@ class MaskItems(Dataset):
             "mask": mask.to(torch.uint8) if mask.max() < 256 else mask,
         }  # small where it is cached
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image, from the header of its file."""
+        return self.images.size(index)
+
     @staticmethod
     def _in_range(mask: Tensor, count: int, path: Path) -> Tensor:
         if mask.max() >= count:

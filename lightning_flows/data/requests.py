@@ -10,42 +10,72 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_flows.data.keyed import EvaluationSampler
-from lightning_flows.data.transforms import Size, height_width, read_mask, resize_mask
+from lightning_flows.codecs.aspect import width_to_height
+from lightning_flows.data.bucketed import bucketed_requests
+from lightning_flows.data.keyed import Collate, EvaluationSampler
+from lightning_flows.data.transforms import MODES, ImageTransform, Size, height_width, read_image, read_mask
 from lightning_flows.flow.noise import key, seeds_from
 from lightning_flows.store import Recorded
 
-CONDITION_KEYS = ("label", "caption", "mask")
+CONDITION_KEYS = ("label", "caption", "mask", "aspect")
 
 
 class RequestList(Dataset):
-    """Requests i = 0..n-1 from lists of condition fields, each repeated cyclically."""
+    """Requests i = 0..n-1 from lists of fields, each repeated cyclically; images and masks are given by their files.
 
-    def __init__(self, n: int, seeds: Sequence[int], fields: dict[str, Sequence[Any]], size: Size | None) -> None:
-        self.n, self.seeds, self.fields, self.size = n, list(seeds), fields, height_width(size)
+    Args:
+        n: number of requests.
+        seeds: of the requests.
+        fields: lists by key of the batch.
+        size: that images and masks are scaled to cover, and cropped to; None keeps that of the files.
+        channels: of the images; None keeps what each file has.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        seeds: Sequence[int],
+        fields: dict[str, Sequence[Any]],
+        size: Size | None,
+        channels: int | None = None,
+    ) -> None:
+        self.n, self.seeds, self.fields, self.channels = n, list(seeds), fields, channels
+        self.transform = ImageTransform(size)
 
     def __len__(self) -> int:
         """Number of requests."""
         return self.n
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """``id``, ``seed`` and the given ones of ``label``, ``caption``, ``mask`` (H, W) int64."""
+        """``id``, ``seed`` and what is given of ``label``, ``caption``, ``mask``, ``image``, ``aspect``.
+
+        A mask is (H, W) int64, an image (C, H, W) float32 in [-1, 1].
+
+        Raises:
+            FileNotFoundError: there is no such file; names it.
+            ValueError: a file cannot be read, or image and mask differ in size; names them.
+        """
         fields = {name: values[i % len(values)] for name, values in self.fields.items()}
-        if "mask" in fields:
-            fields["mask"] = self._mask(fields["mask"])
+        fields |= self._read({name: fields[name] for name in ("image", "mask") if name in fields})
         tail = f"-label{fields['label']}" if "label" in fields else ""
         return {"id": f"{i:05d}{tail}", "seed": self.seeds[i], **fields}
 
-    def _mask(self, path: str | Path) -> Any:
-        mask = read_mask(path)
-        if self.size is None:
-            return mask
-        mask = resize_mask(mask, self.size)
-        top, left = ((have - want) // 2 for have, want in zip(mask.shape, self.size, strict=True))
-        return mask[top : top + self.size[0], left : left + self.size[1]]
+    def _read(self, files: dict[str, str | Path]) -> dict[str, Any]:
+        """Image and mask, scaled and cropped alike."""
+        read: dict[str, Any] = {}
+        if "image" in files:
+            read["image"] = read_image(files["image"], self.channels)
+        if "mask" in files:
+            read["mask"] = read_mask(files["mask"])
+        if len(read) == 2 and read["image"].shape[1:] != read["mask"].shape:
+            sizes = f"{tuple(read['mask'].shape)} and {tuple(read['image'].shape[1:])}"
+            raise ValueError(f"mask {files['mask']} and image {files['image']} differ in size: {sizes}")
+        return self.transform(read)
 
 
 class ItemRequests(Dataset):
@@ -69,25 +99,34 @@ class ItemRequests(Dataset):
 class Requests(LightningDataModule, Recorded):
     """Requests for ``lightning-flows predict``.
 
-    With several of ``labels``, ``prompts`` and ``masks``, entry i of each belongs to request i: the lists
-    must have one length. Ids read ``00003``, or ``00003-label7`` where there are labels. Over several devices
-    the requests are dealt out in turn, none twice (with and without
+    With several of ``labels``, ``prompts``, ``masks``, ``images`` and a list ``aspect``, entry i of each belongs to
+    request i: the lists must have one length. Ids read ``00003``, or ``00003-label7`` where there are labels. Over
+    several devices the requests are dealt out in turn, none twice (with and without
     ``Trainer(use_distributed_sampler=...)``).
+
+    What is asked for beside samples (to classify images, to complete them under a mask ...) is up to the model.
 
     Args:
         labels: class index of each request.
         prompts: text of each request (batch key ``caption``).
         masks: mask image file of each request (grey levels are class ids).
+        images: image file of each request (batch key ``image``, float32 in [-1, 1]); one with a mask has its size.
+        aspect: width to height, such as ``"16:9"`` (in YAML in quotation marks), for all requests or a list with one
+            for each. Requests of different ones come in different batches; ids and seeds stay those of the order
+            in which they are given.
         seed: seed of the whole run; request i gets ``seeds_from(seed, n)[i]``.
         seeds: one seed a request instead.
         n: number of requests; the lists are repeated cyclically (or cut) to it. None: as many as the lists
             have.
         batch_size: requests sampled at once on each device.
-        size: side or (height, width) to which masks are resized (nearest pixel) and cropped; None keeps them.
+        size: side or (height, width) that images, and masks with the nearest pixel, are scaled to cover and cropped
+            to; None keeps them.
+        channels: 1, 3 or 4: images are converted; None keeps what each has.
         num_workers: data workers.
 
     Raises:
-        ValueError: no request at all, lists or seeds of different lengths, negative labels.
+        ValueError: no request at all, lists or seeds of different lengths, negative labels, or an argument that is
+            out of range.
     """
 
     def __init__(
@@ -95,49 +134,60 @@ class Requests(LightningDataModule, Recorded):
         labels: list[int] | None = None,
         prompts: list[str] | None = None,
         masks: list[str] | None = None,
+        images: list[str] | None = None,
+        aspect: str | list[str] | None = None,
         *,
         seed: int = 0,
         seeds: list[int] | None = None,
         n: int | None = None,
         batch_size: int = 16,
         size: int | tuple[int, int] | None = None,
+        channels: int | None = 3,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        given = {"label": labels, "caption": prompts, "mask": masks}
+        ratios = [aspect] if isinstance(aspect, str) else aspect
+        given = {"label": labels, "caption": prompts, "mask": masks, "image": images, "aspect": ratios}
         self.fields: dict[str, Sequence[Any]] = {name: v for name, v in given.items() if v is not None}
-        self.n = _count(labels, prompts, masks, seeds, n)
+        lists = {"labels": labels, "prompts": prompts, "masks": masks, "images": images}
+        self.n = _count(lists if isinstance(aspect, str) else {**lists, "aspect": aspect}, seeds, n)
+        for ratio in ratios or []:
+            width_to_height(ratio, "aspect")
         if labels is not None and min(labels) < 0:
             raise ValueError(f"labels must be class indices >= 0, got {min(labels)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if channels is not None and channels not in MODES:
+            raise ValueError(f"channels must be 1 (grey), 3 (RGB), 4 (RGBA) or None, got {channels!r}")
+        self.channels = channels
         self.seeds = list(seeds) if seeds is not None else seeds_from(seed, self.n).tolist()
-        self.batch_size, self.size, self.num_workers = batch_size, size, num_workers
+        self.batch_size, self.size, self.num_workers = batch_size, height_width(size), num_workers
 
     def requests(self) -> RequestList:
         """The requests as a data set."""
-        return RequestList(self.n, self.seeds, self.fields, self.size)
+        return RequestList(self.n, self.seeds, self.fields, self.size, self.channels)
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of requests: ``id``, ``seed`` (B,), ``label`` (B,), ``caption``, ``mask`` (B, H, W)."""
+        """Batches of requests, of one aspect each.
+
+        They hold ``id``, ``seed`` (B,) and what is given of ``label`` (B,), ``caption``, ``mask`` (B, H, W), ``image``
+        (B, C, H, W) and ``aspect``.
+        """
         requests = self.requests()
-        return DataLoader(
-            requests,
-            batch_size=self.batch_size,
-            sampler=EvaluationSampler(len(requests)),
-            num_workers=self.num_workers,
-        )
+        options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        if len(set(self.fields.get("aspect", ()))) > 1:
+            return bucketed_requests(requests, self._aspects(), {}, **options)
+        return DataLoader(requests, sampler=EvaluationSampler(len(requests)), collate_fn=Collate(), **options)
+
+    def _aspects(self) -> Tensor:
+        """Number of each request's aspect ratio, counted as they first occur, int64, (n,)."""
+        given = self.fields["aspect"]
+        numbers = {ratio: number for number, ratio in enumerate(dict.fromkeys(given))}
+        return torch.tensor([numbers[given[i % len(given)]] for i in range(self.n)])
 
 
-def _count(
-    labels: list[int] | None,
-    prompts: list[str] | None,
-    masks: list[str] | None,
-    seeds: list[int] | None,
-    n: int | None,
-) -> int:
+def _count(named: dict[str, list[Any] | None], seeds: list[int] | None, n: int | None) -> int:
     """Number of requests that the arguments ask for."""
-    named = {"labels": labels, "prompts": prompts, "masks": masks}
     lengths = {name: len(values) for name, values in named.items() if values is not None}
     if empty := [name for name, length in lengths.items() if length == 0]:
         raise ValueError(f"{empty[0]} is an empty list: there is nothing to sample")
@@ -146,7 +196,7 @@ def _count(
     count = n if n is not None else max(lengths.values(), default=len(seeds or []))
     if count < 1:
         raise ValueError(
-            f"nothing to sample: give labels, prompts, masks, seeds or n >= 1, got n={n!r}, seeds={seeds!r}"
+            f"nothing to sample: give labels, prompts, masks, images, seeds or n >= 1, got n={n!r}, seeds={seeds!r}"
         )
     if seeds is not None and len(seeds) != count:
         raise ValueError(f"seeds must have one seed for each of the {count} requests, got {len(seeds)}")

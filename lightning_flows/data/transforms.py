@@ -67,6 +67,22 @@ def picture_of(file: str | Path | IO[bytes], name: str) -> Image.Image:
         raise ValueError(f"image {name} cannot be read: {error}") from error
 
 
+def picture_size(file: str | Path | IO[bytes], name: str) -> tuple[int, int]:
+    """(height, width) of a picture from its header: nothing is decoded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as a picture; both name it.
+    """
+    try:
+        with Image.open(file) as picture:
+            return picture.height, picture.width
+    except FileNotFoundError:
+        raise FileNotFoundError(f"image {name} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"image {name} cannot be read: {error}") from error
+
+
 def convert_channels(picture: Image.Image, channels: int | None, background: int = 255) -> Image.Image:
     """Grey (1), RGB (3) or RGBA (4) version of a picture.
 
@@ -201,14 +217,16 @@ class ImageTransform:
         if (size := height_width(self.size)) is not None:
             cover = height_width(self.resize) or size
             scale = resize_adm if self.scaling == "adm" else resize
-            item["image"] = _crop(scale(item["image"], cover), size, top, left)
+            if "image" in item:
+                item["image"] = _crop(scale(item["image"], cover), size, top, left)
             if "mask" in item:
                 item["mask"] = _crop(resize_mask(item["mask"], cover), size, top, left)
         if "mask" in item:
             item["mask"] = item["mask"].long()
         if mirror:
             item |= {name: item[name].flip(-1) for name in ("image", "mask") if name in item}
-        item["image"] = to_signed(item["image"]).contiguous()
+        if "image" in item:  # a request may have a mask alone
+            item["image"] = to_signed(item["image"]).contiguous()
         return item
 
     def _draw(self, generator: torch.Generator | None) -> tuple[float, float, bool]:

@@ -21,15 +21,16 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.ContainerIO import ContainerIO
 from torch.utils.data import Dataset
 
 from lightning_flows.data.base import SPLITS, FlowDataModule
-from lightning_flows.data.transforms import IMAGE_SUFFIXES, F, convert_channels, picture_of
+from lightning_flows.data.transforms import IMAGE_SUFFIXES, F, convert_channels, picture_of, picture_size
 
 EXPECTED = """\
     {root}/train-000000.tar          (or {root}/train/000000.tar; val and test are optional)
@@ -241,12 +242,26 @@ class ShardItems(Dataset):
                 item["caption"] = _part(shard, row[CAPTION]).decode("utf-8").strip()
         return item
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image, from the header of its file in the shard.
+
+        Raises:
+            ValueError: the image cannot be read; names shard and file.
+        """
+        row = self.table[index]
+        with self.shards[row[SHARD]].open("rb") as shard:
+            member = ContainerIO(shard, *row[IMAGE].tolist())  # reads no further than the header
+            return self._named(row, lambda: picture_size(member, "in a shard"))
+
     def _image(self, data: bytes, row: np.ndarray) -> Any:
+        picture = self._named(row, lambda: picture_of(io.BytesIO(data), "in a shard"))
+        return F.pil_to_tensor(convert_channels(picture, self.channels, self.background))
+
+    def _named(self, row: np.ndarray, read: Callable[[], Any]) -> Any:
         try:
-            picture = picture_of(io.BytesIO(data), "in a shard")
+            return read()
         except ValueError as error:  # its name is looked up now: an index of millions keeps none
             raise ValueError(f"image {_name(self.shards, row)} cannot be read: {error.__cause__}") from error
-        return F.pil_to_tensor(convert_channels(picture, self.channels, self.background))
 
 
 def _part(file: io.BufferedReader, place: np.ndarray) -> bytes:

@@ -50,9 +50,92 @@ def test_masks_are_read_and_resized_without_new_ids(tmp_path):
     assert set(small.flatten().tolist()) <= {0, 9}
 
 
+def save(path, value, size=(8, 6), mode="RGB"):
+    Image.new(mode, size, value).save(path)
+    return str(path)
+
+
+def test_images_are_read_scaled_and_cropped(tmp_path):
+    files = [save(tmp_path / f"{i}.png", (i * 255, 0, 0), size) for i, size in enumerate([(8, 6), (4, 4)])]
+    batch = next(iter(Requests(images=files, labels=[3, 4], size=(6, 4)).predict_dataloader()))
+    assert batch["image"].shape == (2, 3, 6, 4)
+    assert batch["image"].dtype == torch.float32
+    assert batch["image"][:, 0, 0, 0].tolist() == [-1, 1]
+    assert batch["label"].tolist() == [3, 4]
+    grey = next(iter(Requests(images=files[:1], channels=1, n=2).predict_dataloader()))["image"]
+    assert grey.shape == (2, 1, 6, 8)
+
+
+def test_masks_are_cropped_with_their_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2, (6, 9), dtype=np.uint8) * 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    batch = next(iter(Requests(images=[path], masks=[path], size=6, channels=1).predict_dataloader()))
+    assert torch.equal(batch["mask"], ((batch["image"][:, 0] + 1) * 127.5).long())
+
+
+@pytest.mark.parametrize("field", ["images", "masks"])
+def test_files_of_different_sizes_need_a_size(tmp_path, field):
+    files = [save(tmp_path / f"{i}.png", 0, (8, i + 5), mode="L") for i in range(2)]
+    with pytest.raises(ValueError, match=rf"{field} of one batch must have one shape.*size="):
+        next(iter(Requests(**{field: files}).predict_dataloader()))
+
+
+def test_a_mask_of_another_size_than_its_image_names_both(tmp_path):
+    image, mask = save(tmp_path / "i.png", (0, 0, 0)), save(tmp_path / "m.png", 0, (8, 7), mode="L")
+    with pytest.raises(ValueError, match=r"m\.png and image .*i\.png differ in size: \(7, 8\) and \(6, 8\)"):
+        next(iter(Requests(images=[image], masks=[mask], size=4).predict_dataloader()))
+
+
+def test_missing_and_broken_images_name_their_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
+        next(iter(Requests(images=["gone.png"]).predict_dataloader()))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read"):
+        next(iter(Requests(images=[str(tmp_path / "broken.png")]).predict_dataloader()))
+
+
+def test_one_aspect_for_all_changes_nothing_else():
+    batches = list(Requests(labels=[1, 2, 3], aspect="16:9", batch_size=2, seed=4).predict_dataloader())
+    plain = list(Requests(labels=[1, 2, 3], batch_size=2, seed=4).predict_dataloader())
+    for batch, other in zip(batches, plain, strict=True):
+        assert batch.pop("aspect") == ["16:9"] * len(batch["id"])
+        assert batch["id"] == other["id"]
+        assert torch.equal(batch["seed"], other["seed"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_requests_of_several_aspects_come_in_batches_of_one(batch_size, workers):
+    ratios = ["16:9", "1:1", "16:9", "9:16"]
+    options = {"batch_size": batch_size, "num_workers": workers, "seed": 9}
+    batches = list(Requests(prompts=list("abcd"), aspect=ratios, n=7, **options).predict_dataloader())
+    assert all(len(set(batch["aspect"])) == 1 for batch in batches)
+    assert max(len(batch["id"]) for batch in batches) == min(batch_size, 4)
+    seeds, found = seeds_from(9, 7).tolist(), {}
+    for batch in batches:
+        rows = zip(batch["caption"], batch["aspect"], batch["seed"].tolist(), strict=True)
+        found.update(zip(batch["id"], rows, strict=True))
+    assert found == {f"{i:05d}": ("abcd"[i % 4], ratios[i % 4], seeds[i]) for i in range(7)}
+
+
+def test_a_list_of_aspects_counts_the_requests():
+    assert Requests(aspect=["16:9", "1:1"]).n == 2
+    with pytest.raises(ValueError, match="nothing to sample"):
+        Requests(aspect="16:9")
+
+
 @pytest.mark.parametrize(
     ("wrong", "name"),
     [
+        ({"images": []}, "images is an empty list"),
+        ({"aspect": []}, "aspect is an empty list"),
+        ({"images": ["a"], "masks": ["b", "c"]}, r"one length.*'masks': 2, 'images': 1"),
+        ({"labels": [1], "aspect": ["1:1", "2:3"]}, r"one length.*'labels': 1, 'aspect': 2"),
+        ({"n": 1, "aspect": "wide"}, "aspect must be WIDTH:HEIGHT such as '16:9', got 'wide'"),
+        ({"aspect": ["1:1", "0:1"]}, "aspect must be WIDTH:HEIGHT"),
+        ({"n": 1, "channels": 2}, "channels must be 1"),
+        ({"n": 1, "size": 0}, "size must be"),
         ({}, "nothing to sample"),
         ({"labels": []}, "labels is an empty list"),
         ({"prompts": []}, "prompts is an empty list"),
