@@ -62,6 +62,39 @@ class Fact:
     chosen: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DecoderFact:
+    """One published finetuning of a decoder on noisy latents.
+
+    Attributes:
+        millions: trained parameters in millions, of all: of the network, without the critic.
+        latent_noise: deviation in units of the scaled latents.
+        scaling_factor: of the latents.
+        perceptual: weight of each distance in features.
+        critic: weight of the adversarial term, of LeCam in the critic's loss, and the decay of its means.
+        steps: updates of the decoder.
+        batch: samples of one process.
+        processes: number of processes.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup: steps of the decoder over which the rate rises.
+        image: side of an image in pixels.
+    """
+
+    millions: tuple[str, str]
+    latent_noise: float
+    scaling_factor: float
+    perceptual: tuple[float, ...]
+    critic: tuple[float, float, float]
+    steps: int
+    batch: int
+    processes: int
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup: int
+    image: int = 256
+
+
 CELEBA, FFHQ, LSUN, IMAGENET = 27_000, 63_000, 120_000, 1_281_167
 L2 = {"network": "DiT", "sizes": {"patch_size": 2, "hidden_size": 1024, "depth": 24, "num_heads": 16}}
 B2 = {"network": "DiT", "sizes": {"patch_size": 2, "hidden_size": 768, "depth": 12, "num_heads": 12}}
@@ -121,4 +154,12 @@ PUBLISHED = {
     "sit/imagenet256_b2": Fact(**B2, **SIT, millions="130.50", steps=400_000),
     "sit/imagenet256_l2": Fact(**L2, **SIT, millions="458.09", steps=400_000),
     "sit/imagenet256_xl2": Fact(**XL2, **SIT, millions="675", steps=7_000_000, guidance=1.5),
+}  # fmt: skip
+
+DECODERS = {
+    "autoencoder/sd_decoder_imagenet256": DecoderFact(
+        millions=("49.5", "83.7"), latent_noise=0.3, scaling_factor=0.18215, perceptual=(1.0, 0.1),
+        critic=(0.1, 1e-3, 0.999), steps=200_000, batch=8, processes=8, betas=(0.9, 0.999), weight_decay=1e-4,
+        warmup=10_000,
+    ),
 }  # fmt: skip

@@ -20,7 +20,7 @@ NETWORKS = {
     "EDMUNet": (
         {"hidden_size": 32, "num_blocks": 1, "channel_mult": [1, 2], "attention_sizes": [2], "head_channels": 16}, 4,
     ),
-    "KLNetwork": ({"channels": [8, 8], "layers": 1, "norm_groups": 4}, 4),
+    "KLNetwork": ({"channels": [8, 8], "layers": 1, "norm_groups": 4}, 8),
 }  # fmt: skip
 ITEMS = 6  # of a stand-in
 MANY = 48  # of a stand-in that is divided by fractions
@@ -28,6 +28,7 @@ BUNDLED = ("Digits",)  # data that needs no stand-in
 TRAINER = {
     "accelerator": "cpu",
     "devices": 1,
+    "strategy": "auto",
     "max_steps": 2,
     "max_epochs": None,
     "limit_val_batches": 1,
@@ -48,6 +49,7 @@ def small(recipe, folder, autoencoder):
     network = recipe["model"]["init_args"]["network"]
     bundled = name_of(recipe["data"]) in BUNDLED
     side = _reduce_network(network, keep_side=bundled)
+    _reduce_distances(recipe["model"]["init_args"])
     levels = _reduce_codec(recipe, autoencoder)
     if not bundled:
         _reduce_data(recipe, folder, side * 2 ** (levels - 1))
@@ -67,6 +69,17 @@ def _reduce_network(entry, keep_side):
     if "input_size" in entry["init_args"] and not keep_side:
         entry["init_args"]["input_size"] = side
     return side
+
+
+def _reduce_distances(arguments):
+    """The frozen features and the critic of an autoencoder's loss."""
+    given = arguments.get("perceptual") or []
+    for entry in given if isinstance(given, list) else [given]:
+        features = {"model": "resnet18", "layers": [0], "pretrained": False}
+        entry["init_args"]["features"]["init_args"] |= features
+    if arguments.get("adversary") is not None:
+        sizes = {"hidden_size": 8, "depth": 1}
+        arguments["adversary"]["init_args"]["network"]["init_args"] |= sizes
 
 
 def _reduce_codec(recipe, autoencoder):

@@ -14,7 +14,7 @@ import yaml
 from lightning_flows.cli import dispatch, trainer
 from lightning_flows.flow import Condition
 from lightning_flows.store import build, check, config_of, read_config
-from tests.recipe_facts import PUBLISHED
+from tests.recipe_facts import DECODERS, PUBLISHED
 from tests.recipe_sizes import NETWORKS, name_of, small
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,27 @@ def test_full_size_recipe_is_what_it_claims(recipe, parsed):
         check_flow(fact, parsed["model"]["init_args"])
         check_optimizer(fact, model, parsed["model"]["init_args"])
         check_run(fact, parsed)
+    if (decoder := DECODERS.get(name(recipe).removeprefix("configs/").removesuffix(".yaml"))) is not None:
+        check_decoder(decoder, model, parsed)
+
+
+def check_decoder(fact, model, parsed):
+    millions = [sum(p.numel() for p in model.network.parameters() if p.requires_grad or frozen) for frozen in (0, 1)]
+    assert tuple(f"{count / 1e6:.1f}" for count in millions) == fact.millions
+    arguments, run, data = parsed["model"]["init_args"], parsed["trainer"], parsed["data"]["init_args"]
+    assert (arguments["trained"], arguments["reconstruction"]) == ("decoder", "squared")
+    assert arguments["latent_noise"] == fact.latent_noise
+    assert model.network.scaling_factor == fact.scaling_factor
+    assert tuple(distance.weight for distance in model.perceptual) == fact.perceptual
+    adversary = model.adversary
+    assert (adversary.weight, adversary.lecam, adversary.lecam_decay, adversary.balance) == (*fact.critic, False)
+    optimizer = model.make_optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    chosen = (type(optimizer), optimizer.defaults["betas"], optimizer.defaults["weight_decay"])
+    assert chosen == (torch.optim.AdamW, fact.betas, fact.weight_decay)
+    assert arguments["lr_scheduler"]["init_args"]["warmup_steps"] == fact.warmup
+    assert run["max_steps"] == 2 * fact.steps  # the critic's count as well
+    assert (data["size"], data["batch_size"]) == (fact.image, fact.batch)
+    assert parsed["global_batch"] == fact.batch * fact.processes
 
 
 def said(fact, key):
@@ -149,7 +170,12 @@ def check_run(fact, parsed):
 def test_every_published_configuration_has_its_recipe_and_says_its_facts():
     assert {f"configs/{key}.yaml" for key in PUBLISHED} <= {name(path) for path in RECIPES}
     large = [path for path in RECIPES if any(size in path.stem for size in ("256", "512", "1024"))]
-    assert all(fact_of(path) is not None for path in large)
+    assert all(fact_of(path) is not None for path in large if name(path) not in decoders())
+    assert decoders() <= {name(path) for path in large}
+
+
+def decoders():
+    return {f"configs/{key}.yaml" for key in DECODERS}
 
 
 def test_recipe_says_how_long_and_how_averaged(recipe):

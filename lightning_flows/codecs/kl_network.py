@@ -131,6 +131,21 @@ class KLNetwork(Recorded, nn.Module):
         copy.save_pretrained(folder, safe_serialization=True)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels c of a latent."""
+        return int(self.settings["latent_channels"])
+
+    @property
+    def scaling_factor(self) -> float:
+        """What users of the latents multiply them by."""
+        return float(self.settings["scaling_factor"])
+
+    @property
+    def encoder_parts(self) -> list[nn.Module]:
+        """The parts on which latents of images depend: the encoder and, where there is one, its 1x1 convolution."""
+        return [part for part in (self.kl.encoder, self.kl.quant_conv) if part is not None]
+
+    @property
     def factor(self) -> int:
         """How often a side of the latent goes into a side of the image."""
         return 2 ** (len(self.settings["block_out_channels"]) - 1)

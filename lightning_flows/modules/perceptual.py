@@ -81,15 +81,16 @@ class Perceptual(Recorded):
     Args:
         features: `TimmFeatures`, or a module ``(B, C, H, W) -> map or list of maps (B, C', H', W')``.
         weight: of the distance in the loss of an autoencoder.
+        unit: scale every position to a unit vector; without it, the mean squared difference of the maps as they are.
 
     Raises:
         ValueError: a negative weight.
     """
 
-    def __init__(self, features: TimmFeatures | nn.Module, *, weight: float = 1.0) -> None:
+    def __init__(self, features: TimmFeatures | nn.Module, *, weight: float = 1.0, unit: bool = True) -> None:
         if not weight >= 0:
             raise ValueError(f"weight must not be negative, got {weight}")
-        self.features, self.weight = features, weight
+        self.features, self.weight, self.unit = features, weight, unit
         self._network: nn.Module | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ class Perceptual(Recorded):
         with torch.autocast(x.device.type, enabled=False):
             network = self.network(x.device)
             pairs = zip(_maps(network(x.float())), _maps(network(y.float())), strict=True)
-            return torch.stack([_distance(a, b) for a, b in pairs]).mean(0)  # (B,)
+            distance = _distance if self.unit else _squared
+            return torch.stack([distance(a, b) for a, b in pairs]).mean(0)  # (B,)
 
     def network(self, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen network on ``device``."""
@@ -121,3 +123,8 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean over positions of the squared distance of unit vectors, (B,), of maps (B, C, H, W)."""
     difference = nn.functional.normalize(a, dim=1) - nn.functional.normalize(b, dim=1)
     return difference.square().sum(1).flatten(1).mean(1)
+
+
+def _squared(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference, (B,), of maps (B, C, H, W)."""
+    return (a - b).square().flatten(1).mean(1)
