@@ -6,6 +6,7 @@ is kept with its accuracy on held-out real images, and refuses to judge below it
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -104,6 +106,22 @@ def folder_of(name: str, file: str) -> Path:
     return Path(root) / name
 
 
+def stored(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 1, 28, 28) uint8 and labels (N,) int64 of a split that is kept as arrays (N, 28, 28).
+
+    Raises:
+        ValueError: the environment variable does not name the folder of the data sets, or the split is not there.
+    """
+    folder = folder_of(name, "train-00.npz")
+    files = sorted(folder.glob(f"{split}*.npz"))
+    if not files:
+        raise ValueError(f"{DATA}={folder.parent} holds no {name}/{split}*.npz")
+    parts = [np.load(file) for file in files]
+    images = np.concatenate([part["images"] for part in parts])
+    labels = np.concatenate([part["labels"] for part in parts])
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
 def scaled(pixels: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -176,6 +194,31 @@ def read(file: Path, required: float) -> Judge:
     network.load_state_dict(load_tensors(file))
     network = network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Judge(network, accuracy, hashlib.sha256(file.read_bytes()).hexdigest()[:12])
+
+
+def kept(file: Path, recipe: Recipe, required: float, make: Callable[[], Network], test: Callable[[], Real]) -> Judge:
+    """The judge of ``file``; where there is none, it is made, tested on real images, and kept there.
+
+    Raises:
+        RuntimeError: less than ``required`` of the real test images are recognised.
+    """
+    if not file.is_file():
+        network = make()
+        keep(file, network, share(network, *test()), recipe)
+    return read(file, required)
+
+
+def main(doc: str | None, trained: Callable[[Path], Judge], place: Callable[[Path], Path], images: str) -> None:
+    """The command line of a judge: its accuracy on ``images``, after it was read, or trained and kept."""
+    from benchmarks.common import show
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the judge is kept")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = trained(args.folder)
+    show(f"accuracy on the {images}: {found.accuracy:.4f} ({place(args.folder)}, {found.digest})")
 
 
 # ------------------------------------------------------------------ judging

@@ -9,11 +9,9 @@ scored, and refuses to judge below 0.92. Its penultimate features are an extract
 
 from __future__ import annotations
 
-import argparse
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,14 +44,7 @@ def garments(split: str) -> Real:
 
 def _stored(split: str) -> tuple[Tensor, Tensor]:
     """Pixels (N, 1, 28, 28) uint8 and labels (N,) int64."""
-    folder = cnn.folder_of("fashion_mnist", "train-00.npz")
-    files = sorted(folder.glob(f"{split}*.npz"))
-    if not files:
-        raise ValueError(f"{DATA}={folder.parent} holds no fashion_mnist/{split}*.npz")
-    parts = [np.load(file) for file in files]
-    images = np.concatenate([part["images"] for part in parts])
-    labels = np.concatenate([part["labels"] for part in parts])
-    return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
+    return cnn.stored("fashion_mnist", split)
 
 
 # ------------------------------------------------------------------ the judge
@@ -84,10 +75,7 @@ def trained(folder: Path = FOLDER) -> Judge:
         ValueError: it has to be trained, and ``LIGHTNING_FLOWS_DATA`` does not name the folder of the data sets.
     """
     file = place(folder, RECIPE)
-    if not file.is_file():
-        network = train(*_stored("train"), RECIPE)
-        cnn.keep(file, network, cnn.share(network, *garments("test")), RECIPE)
-    return cnn.read(file, REQUIRED)
+    return cnn.kept(file, RECIPE, REQUIRED, lambda: train(*_stored("train"), RECIPE), lambda: garments("test"))
 
 
 def judge(images: Tensor, labels: Tensor) -> Verdict:
@@ -113,17 +101,5 @@ def extractor() -> Features:
     return Features(features, NAME)
 
 
-def main() -> None:
-    from benchmarks.common import show
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the judge is kept")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = trained(args.folder)
-    show(f"accuracy on the real test images: {found.accuracy:.4f} ({place(args.folder)}, {found.digest})")
-
-
 if __name__ == "__main__":
-    main()
+    cnn.main(__doc__, trained, place, "real test images")

@@ -13,7 +13,6 @@ training and the test images.
 
 from __future__ import annotations
 
-import argparse
 from functools import cache
 from pathlib import Path
 
@@ -74,10 +73,7 @@ def trained(folder: Path = FOLDER) -> Judge:
         ValueError: it has to be trained, and ``LIGHTNING_FLOWS_DATA`` does not name the folder of the data sets.
     """
     file = place(folder, RECIPE)
-    if not file.is_file():
-        network = train(*small_sets.signs("train"), RECIPE)
-        cnn.keep(file, network, cnn.share(network, *signs("val")), RECIPE)
-    return cnn.read(file, REQUIRED)
+    return cnn.kept(file, RECIPE, REQUIRED, lambda: train(*small_sets.signs("train"), RECIPE), lambda: signs("val"))
 
 
 def judge(images: Tensor, labels: Tensor) -> Verdict:
@@ -103,17 +99,5 @@ def extractor() -> Features:
     return Features(features, NAME)
 
 
-def main() -> None:
-    from benchmarks.common import show
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the judge is kept")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = trained(args.folder)
-    show(f"accuracy on the held-out real images: {found.accuracy:.4f} ({place(args.folder)}, {found.digest})")
-
-
 if __name__ == "__main__":
-    main()
+    cnn.main(__doc__, trained, place, "held-out real images")

@@ -14,7 +14,7 @@ verdicts near running means of the opposite ones, for data too few to satisfy it
     R = \operatorname{mean} \max(0, D(x) - a_{fake})^2 + \operatorname{mean} \max(0, a_{real} - D(\hat x))^2, \qquad
     a \leftarrow d\, a + (1 - d) \operatorname{mean} D,
 
-one-sided as in its authors' code (the paper writes it without the maximum).
+one-sided: a verdict is held back where it runs away from the mean of the other side.
 
 References:
     Regularizing Generative Adversarial Networks under Limited Data (Tseng, Jiang, Liu, Yang, Yang, 2021): R.
