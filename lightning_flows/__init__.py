@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_flows.flow import Tokens as Tokens
     from lightning_flows.modules import GenerativeModule as GenerativeModule
     from lightning_flows.modules import LatentFlowMatching as LatentFlowMatching
+    from lightning_flows.modules import NormalizingFlow as NormalizingFlow
     from lightning_flows.modules import from_pretrained as from_pretrained
     from lightning_flows.networks import add_lora as add_lora
     from lightning_flows.networks import load_adapter as load_adapter
@@ -26,6 +27,7 @@ _HOMES = {
     "Tokens": "flow",
     "GenerativeModule": "modules",
     "LatentFlowMatching": "modules",
+    "NormalizingFlow": "modules",
     "add_lora": "networks",
     "from_pretrained": "modules",
     "load_adapter": "networks",
@@ -40,6 +42,7 @@ __all__ = [
     "Condition",
     "GenerativeModule",
     "LatentFlowMatching",
+    "NormalizingFlow",
     "Tokens",
     "__version__",
     "add_lora",

@@ -193,9 +193,9 @@ class Evaluation(Callback):
     def _with_log_prob(self, pl_module: L.LightningModule, outputs: Json, batch: Any) -> Json:
         """The outputs with ``log_prob`` (B,) of the real items and their ``dims``, where a metric asks for them."""
         asking = [metric for metric in self.metrics.values() if "log_prob" in (consumed_by(metric) or ())]
-        x = outputs.get("real")
-        if not asking or x is None or "log_prob" in outputs:
+        if not asking or "log_prob" in outputs:
             return outputs
+        x = outputs["real"] if outputs.get("real") is not None else pl_module.data_of(batch)
         noise = SampleNoise([key("evaluation", int(i)) for i in outputs.get("index", range(len(x)))])
         levels = getattr(asking[0], "levels", None)
         if levels is not None:  # grey levels; without them the density of the data as they are
