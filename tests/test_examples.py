@@ -119,3 +119,13 @@ def test_a_new_class_is_learnt_beside_the_old_ones(tmp_path):
     assert after < 0.7 * before
     assert number("moved by", out) < before
     assert lf.from_pretrained(tmp_path / "eleven").network.y_embedder.num_classes == 11
+
+
+def test_a_likelihood_tells_digits_apart_and_keeps_what_is_known(tmp_path):
+    out = run("likelihood_uses.py", "--epochs", "4", "--n", "4", "--steps", "6", "--out", str(tmp_path / "uses.png"))
+    assert number("classified", out) > 0.35  # by chance a tenth
+    assert number("digits:", out) < number("upside down:", out) < number("negatives:", out)
+    assert number("is changed by", out) == 0
+    assert number("interpolation are off by", out) < 0.01
+    assert len(re.findall(r"filled: accepted 0?[.\d]+", out)) == 3
+    assert Image.open(tmp_path / "uses.png").size == (4 * 34 + 2, 6 * 34 + 2)

@@ -1,7 +1,8 @@
-"""Predictions to files: one per request, named by the request's id, plus a contact sheet of all pictures."""
+"""Predictions to files: one per request, named by the request's id, plus a contact sheet or a table of all."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -17,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_flows.callbacks.pictures import contact_sheet, to_image, write_png
+from lightning_flows.store.weights import whole_file
+
+TABLE = "predictions"  # name of the file of all dictionaries
 
 
 @singledispatch
@@ -43,14 +47,24 @@ def _(sample: Tensor, stem: Path) -> Path:
     return write_png(to_image(sample), stem.parent / f"{stem.name}.png")
 
 
+@write_sample.register
+def _(sample: dict, stem: Path) -> Path:
+    try:
+        text = json.dumps(sample, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sample {stem.name!r} must be of JSON values and finite numbers: {error}.") from None
+    return _write_text(text, stem.parent / f"{stem.name}.json")
+
+
 class PredictionWriter(BasePredictionWriter):
-    """Writes each sample as soon as its batch is done, and `grid.png` when all ranks are.
+    """Writes each sample as soon as its batch is done, and `grid.png` or `predictions.json` when all ranks are.
 
     Expects of `predict_step` a mapping with `id` (list of str) and `sample` (tensor (B, C, H, W) in [-1,
-    1], or a sequence of anything that `write_sample` knows). Names come from the ids alone, so one process
-    and many write the same files. Files of an earlier run in the same folder are overwritten where the id
-    is the same and otherwise left; the contact sheet shows this run only, in the order of ids (numbers
-    inside ids count as numbers).
+    1], or a sequence of anything that `write_sample` knows; dictionaries become JSON). Names come from the
+    ids alone, so one process and many write the same files. Files of an earlier run in the same folder are
+    overwritten where the id is the same and otherwise left; the contact sheet shows this run only, in the
+    order of ids (numbers inside ids count as numbers), and so does the table `predictions.json`, which holds
+    every dictionary by its id.
 
     Args:
         folder: where to write; a relative path lies under `trainer.default_root_dir`.
@@ -90,8 +104,11 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare the ids of all ranks; compose the sheet on rank zero."""
         written = self._gather(trainer)
-        if self.grid and trainer.is_global_zero:
-            self._write_grid(self._root(trainer), written)
+        if trainer.is_global_zero:
+            names = sorted(written, key=_natural)
+            self._write_table(self._root(trainer), {name: written[name] for name in names})
+            if self.grid:
+                self._write_grid(self._root(trainer), [written[name] for name in names])
         trainer.strategy.barrier("PredictionWriter")
 
     def _root(self, trainer: L.Trainer) -> Path:
@@ -102,6 +119,8 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"id must be a file name without slashes that does not start with a dot, got {name!r}.")
         if self.grid and name == "grid":
             raise ValueError("id must not be 'grid': grid.png is the contact sheet. Rename it or set grid=False.")
+        if name == TABLE:
+            raise ValueError(f"id must not be {TABLE!r}: {TABLE}.json is the table.")
         if name in self._written:
             raise ValueError(f"id must be unique within a run, got {name!r} twice.")
 
@@ -115,11 +134,23 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"id must be unique within a run, got {twice} on several ranks.")
         return {name: file for part in parts for name, file in part.items()}
 
-    def _write_grid(self, root: Path, written: dict[str, str]) -> None:
-        files = [written[name] for name in sorted(written, key=_natural) if written[name].endswith(".png")]
+    def _write_table(self, root: Path, written: dict[str, str]) -> None:
+        files = {name: root / file for name, file in written.items() if file.endswith(".json")}
         if files:
-            images = [_read(root / file) for file in files]
+            records = {name: json.loads(file.read_text()) for name, file in files.items()}
+            _write_text(json.dumps(records, indent=2), root / f"{TABLE}.json")
+
+    def _write_grid(self, root: Path, written: list[str]) -> None:
+        images = [_read(root / file) for file in written if file.endswith(".png")]
+        if images:
             write_png(contact_sheet(images, math.ceil(math.sqrt(len(images)))), root / "grid.png")
+
+
+def _write_text(text: str, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
 
 
 def _requests(prediction: Any) -> list[tuple[str, Any]]:

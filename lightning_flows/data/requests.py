@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_flows.codecs.aspect import width_to_height
 from lightning_flows.data.bucketed import bucketed_requests
 from lightning_flows.data.keyed import Collate, EvaluationSampler
+from lightning_flows.data.tasks import CollateTask, check_task, in_pairs, stacked
 from lightning_flows.data.transforms import MODES, ImageTransform, Size, height_width, read_image, read_mask
 from lightning_flows.flow.noise import key, seeds_from
 from lightning_flows.store import Recorded
@@ -30,7 +31,7 @@ class RequestList(Dataset):
 
     Args:
         n: number of requests.
-        seeds: of the requests.
+        seeds: of the requests, one for each or two.
         fields: lists by key of the batch.
         size: that images and masks are scaled to cover, and cropped to; None keeps that of the files.
         channels: of the images; None keeps what each file has.
@@ -39,7 +40,7 @@ class RequestList(Dataset):
     def __init__(
         self,
         n: int,
-        seeds: Sequence[int],
+        seeds: Sequence[int | Sequence[int]],
         fields: dict[str, Sequence[Any]],
         size: Size | None,
         channels: int | None = None,
@@ -54,16 +55,21 @@ class RequestList(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         """``id``, ``seed`` and what is given of ``label``, ``caption``, ``mask``, ``image``, ``aspect``.
 
-        A mask is (H, W) int64, an image (C, H, W) float32 in [-1, 1].
+        A mask is (H, W) int64, an image (C, H, W) float32 in [-1, 1]; a pair of images (2, C, H, W), and of seeds (2,).
 
         Raises:
             FileNotFoundError: there is no such file; names it.
             ValueError: a file cannot be read, or image and mask differ in size; names them.
         """
         fields = {name: values[i % len(values)] for name, values in self.fields.items()}
-        fields |= self._read({name: fields[name] for name in ("image", "mask") if name in fields})
+        if isinstance(fields.get("image"), tuple):
+            ends = [self._read({"image": file})["image"] for file in fields["image"]]
+            fields["image"] = stacked("images", fields["image"], ends)
+        else:
+            fields |= self._read({name: fields[name] for name in ("image", "mask") if name in fields})
         tail = f"-label{fields['label']}" if "label" in fields else ""
-        return {"id": f"{i:05d}{tail}", "seed": self.seeds[i], **fields}
+        seed = self.seeds[i]
+        return {"id": f"{i:05d}{tail}", "seed": seed if isinstance(seed, int) else torch.tensor(seed), **fields}
 
     def _read(self, files: dict[str, str | Path]) -> dict[str, Any]:
         """Image and mask, scaled and cropped alike."""
@@ -104,7 +110,13 @@ class Requests(LightningDataModule, Recorded):
     several devices the requests are dealt out in turn, none twice (with and without
     ``Trainer(use_distributed_sampler=...)``).
 
-    What is asked for beside samples (to classify images, to complete them under a mask ...) is up to the model.
+    Beside samples a model may have other tasks, see `NormalizingFlow`; one that has not refuses them:
+
+    - ``"classify"`` the ``images``: the likeliest class of each.
+    - ``"score"`` the ``images``: how strange each is, under its label or prompt or without one.
+    - ``"inpaint"`` the ``images`` where the ``masks`` are not zero.
+    - ``"interpolate"`` from the first of the ``images`` to the second, from the third to the fourth ...: two for each
+      request. Without images from one sample to another: ``seeds`` has two for each request.
 
     Args:
         labels: class index of each request.
@@ -115,7 +127,9 @@ class Requests(LightningDataModule, Recorded):
             for each. Requests of different ones come in different batches; ids and seeds stay those of the order
             in which they are given.
         seed: seed of the whole run; request i gets ``seeds_from(seed, n)[i]``.
-        seeds: one seed a request instead.
+        task: ``"sample"`` (also None), ``"classify"``, ``"score"``, ``"inpaint"`` or ``"interpolate"``.
+        task_options: arguments of the model's method for the task, such as ``{"steps": 200}``.
+        seeds: one seed a request instead; two for an interpolation.
         n: number of requests; the lists are repeated cyclically (or cut) to it. None: as many as the lists
             have.
         batch_size: requests sampled at once on each device.
@@ -125,8 +139,8 @@ class Requests(LightningDataModule, Recorded):
         num_workers: data workers.
 
     Raises:
-        ValueError: no request at all, lists or seeds of different lengths, negative labels, or an argument that is
-            out of range.
+        ValueError: no request at all, lists or seeds of different lengths, negative labels, an argument that is
+            out of range, or one that the task lacks or has no use for.
     """
 
     def __init__(
@@ -137,6 +151,8 @@ class Requests(LightningDataModule, Recorded):
         images: list[str] | None = None,
         aspect: str | list[str] | None = None,
         *,
+        task: str | None = None,
+        task_options: dict[str, Any] | None = None,
         seed: int = 0,
         seeds: list[int] | None = None,
         n: int | None = None,
@@ -146,11 +162,15 @@ class Requests(LightningDataModule, Recorded):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        named = {"labels": labels, "prompts": prompts, "masks": masks, "images": images, "aspect": aspect}
+        check_task(task, task_options, named)
+        self.task, self.task_options = task, task_options
         ratios = [aspect] if isinstance(aspect, str) else aspect
-        given = {"label": labels, "caption": prompts, "mask": masks, "image": images, "aspect": ratios}
+        pairs, ends = (in_pairs("images", images), in_pairs("seeds", seeds)) if self.paired else (images, seeds)
+        given = {"label": labels, "caption": prompts, "mask": masks, "image": pairs, "aspect": ratios}
         self.fields: dict[str, Sequence[Any]] = {name: v for name, v in given.items() if v is not None}
-        lists = {"labels": labels, "prompts": prompts, "masks": masks, "images": images}
-        self.n = _count(lists if isinstance(aspect, str) else {**lists, "aspect": aspect}, seeds, n)
+        lists = {"labels": labels, "prompts": prompts, "masks": masks, "images": pairs}
+        self.n = _count(lists if isinstance(aspect, str) else {**lists, "aspect": aspect}, ends, n)
         for ratio in ratios or []:
             width_to_height(ratio, "aspect")
         if labels is not None and min(labels) < 0:
@@ -160,8 +180,14 @@ class Requests(LightningDataModule, Recorded):
         if channels is not None and channels not in MODES:
             raise ValueError(f"channels must be 1 (grey), 3 (RGB), 4 (RGBA) or None, got {channels!r}")
         self.channels = channels
-        self.seeds = list(seeds) if seeds is not None else seeds_from(seed, self.n).tolist()
+        derived = seeds_from(seed, 2 * self.n).reshape(self.n, 2) if self.paired else seeds_from(seed, self.n)
+        self.seeds = list(ends) if ends is not None else derived.tolist()
         self.batch_size, self.size, self.num_workers = batch_size, height_width(size), num_workers
+
+    @property
+    def paired(self) -> bool:
+        """Whether a request has two images, or two seeds."""
+        return self.task == "interpolate"
 
     def requests(self) -> RequestList:
         """The requests as a data set."""
@@ -171,13 +197,16 @@ class Requests(LightningDataModule, Recorded):
         """Batches of requests, of one aspect each.
 
         They hold ``id``, ``seed`` (B,) and what is given of ``label`` (B,), ``caption``, ``mask`` (B, H, W), ``image``
-        (B, C, H, W) and ``aspect``.
+        (B, C, H, W), ``aspect``, ``task`` and ``task_options``; for interpolations ``seed`` (B, 2) and ``image``
+        (B, 2, C, H, W).
         """
         requests = self.requests()
         options = {"batch_size": self.batch_size, "num_workers": self.num_workers}
         if len(set(self.fields.get("aspect", ()))) > 1:
             return bucketed_requests(requests, self._aspects(), {}, **options)
-        return DataLoader(requests, sampler=EvaluationSampler(len(requests)), collate_fn=Collate(), **options)
+        asked = self.task not in (None, "sample")
+        collate = CollateTask(str(self.task), self.task_options) if asked else Collate()
+        return DataLoader(requests, sampler=EvaluationSampler(len(requests)), collate_fn=collate, **options)
 
     def _aspects(self) -> Tensor:
         """Number of each request's aspect ratio, counted as they first occur, int64, (n,)."""
@@ -186,7 +215,7 @@ class Requests(LightningDataModule, Recorded):
         return torch.tensor([numbers[given[i % len(given)]] for i in range(self.n)])
 
 
-def _count(named: dict[str, list[Any] | None], seeds: list[int] | None, n: int | None) -> int:
+def _count(named: dict[str, list[Any] | None], seeds: Sequence[Any] | None, n: int | None) -> int:
     """Number of requests that the arguments ask for."""
     lengths = {name: len(values) for name, values in named.items() if values is not None}
     if empty := [name for name, length in lengths.items() if length == 0]:

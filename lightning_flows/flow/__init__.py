@@ -24,6 +24,7 @@ from lightning_flows.flow.likelihood import (
     dequantize,
     log_prob,
 )
+from lightning_flows.flow.markov import Hamiltonian
 from lightning_flows.flow.maximum_likelihood import (
     DataNoise,
     Dequantization,
@@ -89,6 +90,7 @@ __all__ = [
     "GaussianNoise",
     "GaussianProduct",
     "Guidance",
+    "Hamiltonian",
     "Heun",
     "Heun3",
     "Hutchinson",
@@ -129,10 +131,10 @@ __all__ = [
     "bits_per_dim",
     "dequantize",
     "key",
+    "log_normal",
     "log_prob",
     "seeds_from",
-    "log_normal",
     "shift_time",
-    "tweedie",
     "time_grid",
+    "tweedie",
 ]

@@ -53,6 +53,7 @@ class GenerativeModule(Publishable):
 
     network: nn.Module
     knows_sample_density = False  # whether `generate` tells the density of what it draws
+    tasks: tuple[str, ...] = ("sample",)  # what requests may ask for
 
     def __init__(
         self,
@@ -181,16 +182,30 @@ class GenerativeModule(Publishable):
         """One sample for each request: ``{"id": list of B names, "sample": (B, ...)}``.
 
         Raises:
-            ValueError: the requests give a condition that the network does not read.
+            ValueError: see `check_requests`.
         """
-        streams = getattr(self.network, "streams", ())
-        for name, stream in REQUESTED.items():
-            if name in batch and stream not in streams:
-                reads = list(streams) or "no condition at all"
-                raise ValueError(f"the requests give {name!r}, but {type(self.network).__name__} reads {reads}")
+        self.check_requests(batch)
         options = {"progress": self.progress, **self.options_of(batch)}
         sample = self.sample(self.condition_of(batch), seeds=batch["seed"], **options)
         return {"id": batch["id"], "sample": sample}
+
+    def check_requests(self, batch: Any) -> None:
+        """Refuse a batch of requests that would be ignored in part.
+
+        Raises:
+            ValueError: another task than this family's, images for samples that read none, or a condition that the
+                network does not read.
+        """
+        task, streams = batch.get("task") or "sample", getattr(self.network, "streams", ())
+        if task not in self.tasks:
+            raise ValueError(f"the requests ask for the task {task!r}, but {type(self).__name__} has {self.tasks}")
+        for name, stream in REQUESTED.items():
+            hole = name == "mask" and task == "inpaint"  # no condition
+            if name in batch and stream not in streams and not hole:
+                reads = list(streams) or "no condition at all"
+                raise ValueError(f"the requests give {name!r}, but {type(self.network).__name__} reads {reads}")
+        if task == "sample" and batch.get("image") is not None:
+            raise ValueError(f"the requests give images, but no task with a use for them; there are {self.tasks}")
 
     @torch.no_grad()
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:

@@ -39,12 +39,14 @@ from lightning_flows.flow import (
 )
 from lightning_flows.modules.base import Progress, Sampled, evaluation
 from lightning_flows.modules.latent_space import LatentSpace
+from lightning_flows.modules.likelihood_tasks import LikelihoodTasks
 from lightning_flows.modules.publishable import run_seed
-from lightning_flows.networks import FlowStack, InverseMethod, Part, check_condition
+from lightning_flows.networks import FlowStack, InverseMethod, Part, Sequential, check_condition
 from lightning_flows.networks.layers import without_autocast
+from lightning_flows.networks.parallel import is_sharded
 
 
-class NormalizingFlow(LatentSpace):
+class NormalizingFlow(LikelihoodTasks, LatentSpace):
     """An autoregressive normalizing flow: TARFlow on pixels, STARFlow on latents.
 
     Args:
@@ -53,7 +55,8 @@ class NormalizingFlow(LatentSpace):
         text: encoder of captions, for a network that reads tokens; a trainable one is trained along.
         objective: noise on the data, weights and penalty.
         guidance: of samples; None is the conditional density alone.
-        method: how blocks are inverted; `networks.Automatic` by default.
+        method: how blocks are inverted; by default `networks.Automatic`, or `networks.Sequential` where the parameters
+            are spread over devices (FSDP2), whose processes wait for each other at every pass.
         denoise: step by which the noise of the training data is removed from samples, in units of Tweedie's; 0 leaves
             it in, as a decoder wants it that was trained on noisy latents.
         standardize: batches from which ``latent_shift`` and ``latent_scale`` (per channel) are measured before the
@@ -109,10 +112,17 @@ class NormalizingFlow(LatentSpace):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Mean loss of a batch, a scalar; logs ``train/loss`` and ``train/nll``."""
         losses = self.losses(batch, self.training_noise())
+        self._share_variance()
         loss, size = losses.loss.mean(), len(losses.loss)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/nll", losses.logs["nll"].mean(), batch_size=size)
         return loss
+
+    def _share_variance(self) -> None:
+        """Each process tracked the variance of its own z; it is that of all of them."""
+        variance = getattr(self.network, "prior_variance", None)
+        if variance is not None and self.trainer.world_size > 1:
+            variance.copy_(self.trainer.strategy.reduce(variance.clone(), reduce_op="mean"))
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Losses of a batch with the same noise at every validation; logs ``val/loss`` and ``val/nll``."""
@@ -193,9 +203,13 @@ class NormalizingFlow(LatentSpace):
             self.filled(condition),
             guidance=rule,
             null=self.filled(null),
-            method=method or self.method,
+            method=method or self.method or self._safe_method(),
             watch=None if progress is None else self._watch(z, progress),
         )
+
+    def _safe_method(self) -> InverseMethod | None:
+        """Where parameters are gathered for every pass, processes with other samples must make as many passes."""
+        return Sequential() if is_sharded(self.network) else None
 
     def _watch(self, z: Tensor, progress: Progress) -> Callable[[Part], None]:
         rows, columns = self.network.grid(z)
@@ -257,7 +271,8 @@ class NormalizingFlow(LatentSpace):
 
     def latent_log_prob(self, z: Tensor, condition: Condition | None = None) -> Tensor:
         """Log-density in nats of latents as the network reads them, (B, C, H, W) -> (B,); differentiable."""
-        noise, log_det = self.network(z, self.filled(condition))
+        with evaluation(self.network):  # asking for a density is no training: nothing is tracked
+            noise, log_det = self.network(z, self.filled(condition))
         with without_autocast(z.device):
             return self.log_prior(noise) + log_det
 

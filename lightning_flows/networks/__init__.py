@@ -12,6 +12,7 @@ from lightning_flows.networks.dit import DIT_SIZES, DiT
 from lightning_flows.networks.edm_unet import EDMUNet
 from lightning_flows.networks.flow_block import FlowBlock
 from lightning_flows.networks.flow_stack import Drawn, Encoded, FlowStack, Part
+from lightning_flows.networks.guided_encoding import encode_guided
 from lightning_flows.networks.inverse_methods import Automatic, InverseMethod, Jacobi, PerBlock, Sequential
 from lightning_flows.networks.layers import (
     Attention,
@@ -88,6 +89,7 @@ __all__ = [
     "checkpoint_blocks",
     "compile_blocks",
     "compile_network",
+    "encode_guided",
     "load_adapter",
     "merge_adapters",
     "modulate",

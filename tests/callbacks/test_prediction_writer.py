@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_files_of_an_earlier_run_stay_but_not_on_the_grid(tmp_path):
     assert Image.open(tmp_path / "predictions" / "grid.png").getpixel((5, 5)) == 128  # a: seed 0
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b", "", "grid"])
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "a\\b", "", "grid", "predictions"])
 def test_ids_that_are_no_file_names_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="id must"):
         run(tmp_path, [name])
@@ -98,6 +99,8 @@ def test_colours_and_transparency_survive(tmp_path, channels):
         ({"id": ["a", "b"], "sample": torch.zeros(1, 1, 2, 2)}, "got 1 and 2"),
         ({"id": ["a"], "sample": torch.full((1, 1, 2, 2), torch.nan)}, "'a' must be finite"),
         ({"id": ["a"], "sample": [object()]}, "got object for 'a'"),
+        ({"id": ["a"], "sample": [{"score": float("nan")}]}, "'a' must be of JSON values and finite numbers"),
+        ({"id": ["a"], "sample": [{"score": torch.ones(1)}]}, "'a' must be of JSON values and finite numbers"),
         ({"id": ["a"], "sample": torch.zeros(1, 5, 1, 2, 2)}, "must have shape"),
     ],
 )
@@ -121,6 +124,38 @@ def test_other_kinds_of_samples_register_their_own_writer(tmp_path):
     folder = run(tmp_path, ["x"], model=Fixed({"id": ["x"], "sample": [Words("hello")]}))
     assert (folder / "x.txt").read_text() == "hello"
     assert not (folder / "grid.png").exists()
+
+
+class Says(Toy):
+    """Says something of every request; of those with an odd seed it makes a picture."""
+
+    def predict_step(self, batch, batch_idx):
+        rows = [{"seed": int(seed), "values": [0.5, None]} for seed in batch["seed"]]
+        pictures = super().predict_step(batch, batch_idx)["sample"]
+        samples = [pictures[i] if row["seed"] % 2 else row for i, row in enumerate(rows)]
+        return {"id": batch["id"], "sample": samples}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_dictionaries_are_written_one_by_one_and_in_a_table(tmp_path, batch_size):
+    folder = run(tmp_path, ["10", "picture", "9"], batch_size, Says())
+    names = ["10.json", "9.json", "grid.png", "picture.png", "predictions.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert json.loads((folder / "9.json").read_text()) == {"seed": 2, "values": [0.5, None]}
+    table = json.loads((folder / "predictions.json").read_text())
+    assert list(table) == ["9", "10"]
+    assert table["10"] == {"seed": 0, "values": [0.5, None]}
+
+
+def test_the_table_shows_this_run_only(tmp_path):
+    run(tmp_path, ["old"], model=Says())
+    folder = run(tmp_path, ["new"], model=Says())
+    assert list(json.loads((folder / "predictions.json").read_text())) == ["new"]
+    assert (folder / "old.json").is_file()
+
+
+def test_without_dictionaries_there_is_no_table(tmp_path):
+    assert not (run(tmp_path, ["x"]) / "predictions.json").exists()
 
 
 def ranks(folder, devices, ids):

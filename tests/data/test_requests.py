@@ -168,3 +168,73 @@ def test_requests_know_their_config():
     config = Requests(labels=[1, 2], seed=5).config
     assert config["class_path"] == "lightning_flows.data.Requests"
     assert config["init_args"]["labels"] == [1, 2]
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+def test_a_batch_says_what_is_asked_of_it(tmp_path):
+    image, mask = save(tmp_path / "i.png", (0, 0, 0)), save(tmp_path / "m.png", 255, mode="L")
+    options = {"steps": 5, "prior": [0.5, 0.5]}
+    for task, lists in {
+        "classify": {"images": [image]},
+        "score": {"images": [image], "labels": [3]},
+        "inpaint": {"images": [image], "masks": [mask], "prompts": ["a"]},
+    }.items():
+        batch = next(iter(Requests(**lists, task=task, task_options=options, n=2).predict_dataloader()))
+        assert (batch["task"], batch["task_options"]) == (task, options)
+        assert batch["image"].shape == (2, 3, 6, 8)
+    assert batch["mask"].unique().tolist() == [255]
+    plain = next(iter(Requests(n=1, task="sample").predict_dataloader()))
+    assert set(plain) == {"id", "seed"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_interpolations_have_two_images_each(tmp_path, batch_size):
+    files = [save(tmp_path / f"{i}.png", 51 * i, mode="L") for i in range(6)]
+    options = {"task": "interpolate", "channels": 1, "batch_size": batch_size, "seed": 2}
+    ids, fields = joined(Requests(images=files, labels=[4, 5, 6], **options))
+    assert ids == ["00000-label4", "00001-label5", "00002-label6"]
+    assert fields["image"].shape == (3, 2, 1, 6, 8)
+    grey = ((fields["image"][..., 0, 0].flatten() + 1) * 2.5).round()
+    assert grey.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(fields["seed"], seeds_from(2, 6).reshape(3, 2))
+
+
+def test_interpolations_without_images_go_from_seed_to_seed():
+    _, fields = joined(Requests(seeds=[5, 6, 7, 8], labels=[1, 2], task="interpolate"))
+    assert fields["seed"].tolist() == [[5, 6], [7, 8]]
+    _, derived = joined(Requests(n=3, seed=4, task="interpolate"))
+    assert torch.equal(derived["seed"], seeds_from(4, 6).reshape(3, 2))
+
+
+def test_ends_of_other_sizes_name_their_files(tmp_path):
+    files = [save(tmp_path / f"{i}.png", (0, 0, 0), (8, 6 + i)) for i in range(2)]
+    with pytest.raises(ValueError, match=r"0\.png and .*1\.png must have one shape.*size="):
+        next(iter(Requests(images=files, task="interpolate").predict_dataloader()))
+    batch = next(iter(Requests(images=files, task="interpolate", size=4).predict_dataloader()))
+    assert batch["image"].shape == (1, 2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"task": "paint", "n": 1}, r"task must be one of \['sample', .*'interpolate'\], got 'paint'"),
+        ({"task": "classify", "n": 1}, r"'classify' needs \['images'\], but there are no \['images'\]"),
+        ({"task": "score", "labels": [1]}, "'score' needs"),
+        ({"task": "inpaint", "images": ["a"]}, r"'inpaint' needs \['images', 'masks'\], but there are no \['masks'\]"),
+        ({"task": "classify", "images": ["a"], "labels": [1]}, r"'classify' takes .* has no use for \['labels'\]"),
+        ({"task": "score", "images": ["a"], "masks": ["b"]}, r"no use for \['masks'\]"),
+        ({"task": "inpaint", "images": ["a"], "masks": ["b"], "aspect": "1:1"}, r"no use for \['aspect'\]"),
+        ({"task": "sample", "images": ["a"]}, r"'sample' takes .* no use for \['images'\]"),
+        ({"task": "interpolate", "images": ["a"]}, "images must come in pairs .* got 1"),
+        ({"task": "interpolate", "seeds": [1, 2, 3]}, "seeds must come in pairs"),
+        ({"task": "interpolate", "seeds": [1, 2], "labels": [1, 2]}, "seeds must have one seed for each of the 2"),
+        ({"task": "interpolate"}, "nothing to sample"),
+        ({"n": 1, "task_options": {"steps": 2}}, r"task_options \['steps'\] belong to a task other than 'sample'"),
+        ({"n": 1, "task": "sample", "task_options": {"steps": 2}}, "belong to a task"),
+    ],
+)
+def test_requests_that_do_not_go_with_their_task_are_named(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        Requests(**wrong)
