@@ -6,10 +6,13 @@ A recipe with a new class adds a line to `NETWORKS` or `DATA`.
 import copy
 import io
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.codecs.tiny_text import write_t5
 
 # Smallest sizes of each network, and the side of what it then reads (None: as in the recipe).
 NETWORKS = {
@@ -21,7 +24,10 @@ NETWORKS = {
         {"hidden_size": 32, "num_blocks": 1, "channel_mult": [1, 2], "attention_sizes": [2], "head_channels": 16}, 4,
     ),
     "KLNetwork": ({"channels": [8, 8], "layers": 1, "norm_groups": 4}, 8),
+    "TARFlow": ({"patch_size": 2, "hidden_size": 16, "num_blocks": 2, "depth": 1, "head_size": 8}, 4),
+    "STARFlow": ({"hidden_size": 32, "depth": [1, 1], "head_size": 32}, 4),
 }  # fmt: skip
+TEXT = {"text_length": 5, "text_size": 8}  # of a network that reads the tokens of a tiny T5
 ITEMS = 6  # of a stand-in
 MANY = 48  # of a stand-in that is divided by fractions
 BUNDLED = ("Digits",)  # data that needs no stand-in
@@ -50,6 +56,7 @@ def small(recipe, folder, autoencoder):
     bundled = name_of(recipe["data"]) in BUNDLED
     side = _reduce_network(network, keep_side=bundled)
     _reduce_distances(recipe["model"]["init_args"])
+    _reduce_text(recipe["model"]["init_args"], folder)
     levels = _reduce_codec(recipe, autoencoder)
     if not bundled:
         _reduce_data(recipe, folder, side * 2 ** (levels - 1))
@@ -80,6 +87,14 @@ def _reduce_distances(arguments):
     if arguments.get("adversary") is not None:
         sizes = {"hidden_size": 8, "depth": 1}
         arguments["adversary"]["init_args"]["network"]["init_args"] |= sizes
+
+
+def _reduce_text(arguments, folder):
+    """Replaces a frozen text model by a tiny one with random weights."""
+    if arguments.get("text") is not None:
+        repo = write_t5(folder.with_name("t5"))
+        arguments["text"]["init_args"] |= {"repo": str(repo), "length": TEXT["text_length"]}
+        arguments["network"]["init_args"] |= TEXT
 
 
 def _reduce_codec(recipe, autoencoder):
@@ -191,4 +206,17 @@ def arrays(arguments, folder, side, channels):
     return folder / f"train{suffix}" if suffix else folder
 
 
-DATA = {"ImageLMDB": lmdb_of, "ImageFolder": image_folder, "Arrays": arrays}
+def shards(arguments, folder, side, channels):
+    images = pixels(ITEMS, 2 * side + 3, channels)
+    for split in ("train", "val"):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
+            for i, image in enumerate(images):
+                for name, content in ((f"{i}.jpg", encoded(image, "JPEG")), (f"{i}.txt", f"a cat, {i}".encode())):
+                    header = tarfile.TarInfo(name)
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+    arguments["index"] = str(folder.with_name("index"))
+    return folder
+
+
+DATA = {"ImageLMDB": lmdb_of, "ImageFolder": image_folder, "Arrays": arrays, "WebDataset": shards}

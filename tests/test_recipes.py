@@ -12,8 +12,10 @@ import torch
 import yaml
 
 from lightning_flows.cli import dispatch, trainer
+from lightning_flows.codecs import FrozenText
 from lightning_flows.flow import Condition
 from lightning_flows.store import build, check, config_of, read_config
+from tests.flow_recipe_facts import FLOWS
 from tests.recipe_facts import DECODERS, PUBLISHED
 from tests.recipe_sizes import NETWORKS, name_of, small
 
@@ -44,6 +46,14 @@ class Parsed(trainer.FlowsCLI):
 
     def _run_subcommand(self, subcommand):
         pass
+
+
+@pytest.fixture(autouse=True)
+def known_text_models(monkeypatch):
+    """The sizes of tokens that published configs would tell: none is fetched."""
+    sizes = {fact.text[0]: fact.text[2] for fact in FLOWS.values() if fact.text}
+    read = FrozenText.size.fget
+    monkeypatch.setattr(FrozenText, "size", property(lambda text: sizes.get(text.repo) or read(text)))
 
 
 @pytest.fixture(params=RECIPES, ids=name)
@@ -170,12 +180,9 @@ def check_run(fact, parsed):
 def test_every_published_configuration_has_its_recipe_and_says_its_facts():
     assert {f"configs/{key}.yaml" for key in PUBLISHED} <= {name(path) for path in RECIPES}
     large = [path for path in RECIPES if any(size in path.stem for size in ("256", "512", "1024"))]
-    assert all(fact_of(path) is not None for path in large if name(path) not in decoders())
-    assert decoders() <= {name(path) for path in large}
-
-
-def decoders():
-    return {f"configs/{key}.yaml" for key in DECODERS}
+    others = {f"configs/{key}.yaml" for key in (*DECODERS, *FLOWS)}  # the facts of flows are in test_flow_recipes
+    assert all(fact_of(path) is not None for path in large if name(path) not in others)
+    assert others <= {name(path) for path in RECIPES}
 
 
 def test_recipe_says_how_long_and_how_averaged(recipe):
@@ -227,7 +234,7 @@ def test_recipe_takes_two_steps(recipe, tmp_path, monkeypatch, autoencoder):
     assert config_of(build(config)) == config
 
 
-@pytest.mark.parametrize("network", sorted(NETWORKS))
+@pytest.mark.parametrize("network", sorted(set(NETWORKS) - {"TARFlow", "STARFlow"}))  # those: test_flow_recipes
 def test_a_network_built_on_the_meta_device_becomes_real(network):
     """By `to_empty` and a state dict, or by `to_empty` and fresh weights: nothing is left as memory held it."""
     floor = "codecs" if network == "KLNetwork" else "networks"

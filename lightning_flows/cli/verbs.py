@@ -75,13 +75,21 @@ def convert(
     input_size: list[int] | None = None,
     label_dropout: float | None = None,
     scaling_factor: float | None = None,
+    in_channels: int | None = None,
+    head_size: int | None = None,
+    text_length: int | None = None,
+    text_encoder: str | None = None,
+    class_token: bool | None = None,
+    noise_std: float | None = None,
+    network: dict[str, Any] | None = None,
 ) -> str:
     """Turn an official checkpoint into a folder that from_pretrained reads.
 
     Args:
-        format: lfm-dit, lfm-adm, lfm-edm, sit, dit, guided-diffusion, guided-diffusion-cosine, diffusers-vae, or
-            to-diffusers-vae for an autoencoder of ours.
-        file: the downloaded .pth, .pt or .safetensors; for autoencoders a folder.
+        format: lfm-dit, lfm-adm, lfm-edm, sit, dit, guided-diffusion, guided-diffusion-cosine, tarflow, starflow,
+            diffusers-vae, or to-diffusers-vae for an autoencoder of ours.
+        file: the downloaded .pth, .pt or .safetensors, or a folder of torch.distributed.checkpoint; for autoencoders a
+            folder.
         out: folder to write.
         weights: ema or raw, where the file holds both.
         num_heads: attention heads, where the width of the network does not tell.
@@ -90,6 +98,13 @@ def convert(
         input_size: height and width of what the network reads, where the file does not tell.
         label_dropout: of the training; above 0 the last row of the label table means no label.
         scaling_factor: of to-diffusers-vae, what its users multiply latents by.
+        in_channels: of tarflow and starflow, channels of the data, where they are not the published ones.
+        head_size: of tarflow and starflow, channels of an attention head, likewise.
+        text_length: of starflow, tokens of a text, where the file does not tell.
+        text_encoder: of starflow, repository or folder of the text model, where it is not the published one.
+        class_token: of starflow, true where the text is one token, a class.
+        noise_std: of tarflow and starflow, deviation of the noise on the training data; 0 for uniform noise.
+        network: of starflow, further arguments of the network, such as --network.reverse_first false.
     """
     from lightning_flows.hub.convert import convert as run
 
@@ -101,6 +116,13 @@ def convert(
         "input_size": tuple(input_size) if input_size else None,
         "label_dropout": label_dropout,
         "scaling_factor": scaling_factor,
+        "in_channels": in_channels,
+        "head_size": head_size,
+        "text_length": text_length,
+        "text_encoder": text_encoder,
+        "class_token": class_token,
+        "noise_std": noise_std,
+        "network": network,
     }
     folder = run(format, file, out, **{name: value for name, value in given.items() if value is not None})
     return f"wrote {folder}"

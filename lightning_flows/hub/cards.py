@@ -26,7 +26,10 @@ _COLUMNS = {
     "guidance_scale": "guidance",
     "solver": "solver",
     "steps": "steps",
+    "method": "inverse",
+    "denoise": "denoise",
     "nfe": "network calls",
+    "passes": "passes",
     "seed": "seed",
     "device": "hardware",
     "seconds_per_sample": "s/sample",
@@ -106,9 +109,9 @@ def card(
         raise ValueError("licence='' says nothing; give an identifier such as 'apache-2.0' or 'cc-by-4.0'.")
     names = [data] if isinstance(data, str) else list(data)
     found = figures(metrics)
-    kind = "autoencoder" if is_autoencoder(config) else "flow-matching"
     task = task or ("image-to-image" if is_autoencoder(config) else "unconditional-image-generation")
-    header = header_text(model_id, licence, names, split, base_model, [kind, "lightning", *tags], task, found)
+    every = [kind_of(config), "lightning", *tags]
+    header = header_text(model_id, licence, names, split, base_model, every, task, found)
     sections = [
         f"# {model_id}",
         summary or f"A `{family(config)}` model of `{LIBRARY}`.",
@@ -166,6 +169,13 @@ def family(config: Mapping[str, Any]) -> str:
 def is_autoencoder(config: Mapping[str, Any]) -> bool:
     """Whether a config's model encodes and decodes, and draws no samples: known by the name of its class."""
     return family(config).endswith("Autoencoder")
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Tag of what a config's model is: known by the name of its class."""
+    if is_autoencoder(config):
+        return "autoencoder"
+    return "normalizing-flow" if family(config).endswith("NormalizingFlow") else "flow-matching"
 
 
 def _named(metrics: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_flows.hub.adapters import check_adapter, is_adapter, write_adapter_card
 from lightning_flows.hub.cards import CARD, read_header, write_card
+from lightning_flows.hub.licences import NOTE, is_licence
 from lightning_flows.store import WEIGHTS, check, config_of, entries, load_tensors, read_config, save_folder
 from lightning_flows.store.resolve import one_line
 
@@ -39,8 +40,8 @@ def push(
 
     Args:
         folder: ``config.json``, ``model.safetensors`` (of an adapter: what `networks.save_adapter` writes), a card with
-            a licence, and what else stands beside them (recipe, metrics, pictures); files of other kinds and
-            subfolders stay at home.
+            a licence, and what else stands beside them (recipe, metrics, pictures, LICENSE); files of other kinds
+            and subfolders stay at home.
         repo_id: ``org/name``; made if it does not exist.
         private: make a new repository private.
         token: of the Hub's client; None takes the stored one.
@@ -101,6 +102,11 @@ def check_folder(folder: str | Path, *, trust_remote_code: bool = False) -> Path
     config = read_config(source)
     check(config, trust_remote_code=trust_remote_code)
     load_tensors(source / WEIGHTS)
+    if (source / NOTE).exists():
+        raise ValueError(
+            f"{source} lacks the agreement that its weights must not be without: put its text there (LICENSE) and "
+            f"remove {NOTE}, which says where it is."
+        )
     if not read_header(source).get("license"):
         raise ValueError(f"{source / CARD} states no licence: write 'license: <identifier>' into its header.")
     for where, value in _local_weights(config):
@@ -194,7 +200,7 @@ def save_pretrained(
 
 def _files(folder: Path) -> list[Path]:
     visible = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return sorted(path for path in visible if path.suffix in SUFFIXES)
+    return sorted(path for path in visible if path.suffix in SUFFIXES or is_licence(path))
 
 
 def _local_weights(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -34,10 +34,14 @@ class WarmupCosine(LambdaLR):
         total_steps: optimizer steps until the end of the cosine.
         warmup_steps: steps of the rise.
         final: fraction of the rate at the end.
+        start: fraction of the rate at which the rise begins, so that step k has
+            ``start + (1 - start) k / warmup_steps``, as in TARFlow and STARFlow. None rises as `WarmupConstant` does.
+        first: fraction of the rate at step 0 alone; None follows the curve. The official STARFlow code takes it from
+            ``final``, whatever the rise begins at.
         last_epoch: see torch's schedulers.
 
     Raises:
-        ValueError: unless ``0 <= warmup_steps < total_steps`` and ``0 <= final <= 1``.
+        ValueError: unless ``0 <= warmup_steps < total_steps``, and the fractions lie in [0, 1].
     """
 
     def __init__(
@@ -47,18 +51,25 @@ class WarmupCosine(LambdaLR):
         warmup_steps: int = 0,
         final: float = 0.0,
         last_epoch: int = -1,
+        start: float | None = None,
+        first: float | None = None,
     ) -> None:
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps must lie in [0, total_steps={total_steps}), got {warmup_steps}")
-        if not 0 <= final <= 1:
-            raise ValueError(f"final must lie in [0, 1], got {final}")
+        for name, value in (("final", final), ("start", start), ("first", first)):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
         def factor(step: int) -> float:
+            if step == 0 and first is not None:
+                return first
             done = min(1.0, max(0.0, (step - warmup_steps) / (total_steps - warmup_steps)))
-            return _rise(step, warmup_steps) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+            return _rise(step, warmup_steps, start) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
         super().__init__(optimizer, factor, last_epoch)
 
 
-def _rise(step: int, warmup_steps: int) -> float:
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+def _rise(step: int, warmup_steps: int, start: float | None = None) -> float:
+    if step >= warmup_steps:
+        return 1.0
+    return (step + 1) / warmup_steps if start is None else start + (1 - start) * step / warmup_steps

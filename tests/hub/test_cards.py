@@ -138,6 +138,15 @@ def test_the_card_of_an_autoencoder_encodes_and_decodes():
     assert header(flow)["tags"] == ["flow-matching", "lightning"]
 
 
+def test_the_card_of_a_normalizing_flow_is_tagged_as_one_and_says_how_it_is_inverted():
+    config = {"class_path": "lightning_flows.modules.NormalizingFlow", "init_args": {}}
+    entry = {"value": 0.9, "samples": 20, "method": "Sequential()", "denoise": 0.0, "nfe": 2, "passes": 392}
+    text = card(config, {"accuracy": entry}, licence="mit")
+    assert header(text)["tags"] == ["normalizing-flow", "lightning"]
+    assert "| metric | value | samples | inverse | denoise | network calls | passes |" in text
+    assert "| accuracy | 0.9 | 20 | Sequential() | 0 | 2 | 392 |" in text
+
+
 def test_the_card_says_when_weights_are_stored_in_16_bits():
     assert "Stored as float16" in card(CONFIG, licence="mit", dtype="float16")
     assert "Stored as" not in card(CONFIG, licence="mit")

@@ -35,6 +35,16 @@ def test_cosine_goes_from_the_rise_to_the_final_fraction():
     assert seen[10:] == pytest.approx([0.2] * 4)
 
 
+def test_a_rise_may_begin_anywhere():
+    seen = rates(WarmupCosine, 12, total_steps=10, warmup_steps=4, final=0.5, start=0.2)
+    assert seen[:5] == pytest.approx([2.0 * (0.2 + 0.8 * k / 4) for k in range(5)])
+    assert seen[7] == pytest.approx(2.0 * 0.75)  # halfway down
+    assert seen[10:] == pytest.approx([1.0] * 2)
+    assert rates(WarmupCosine, 9, total_steps=10, warmup_steps=4, first=0.7)[0] == pytest.approx(1.4)
+    plain, other = ({"total_steps": 10, "warmup_steps": 4, **more} for more in ({}, {"first": 0.7}))
+    assert rates(WarmupCosine, 9, **plain)[1:] == rates(WarmupCosine, 9, **other)[1:]
+
+
 def test_a_schedule_goes_on_where_its_state_was_taken():
     whole = rates(WarmupCosine, 10, total_steps=10, warmup_steps=3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
@@ -60,6 +70,8 @@ def test_a_schedule_goes_on_where_its_state_was_taken():
         ),
         (WarmupCosine, {"total_steps": 5, "warmup_steps": -1}, "warmup_steps .* got -1"),
         (WarmupCosine, {"total_steps": 5, "final": 1.5}, r"final must lie in \[0, 1\], got 1.5"),
+        (WarmupCosine, {"total_steps": 5, "start": -0.1}, r"start must lie in \[0, 1\], got -0.1"),
+        (WarmupCosine, {"total_steps": 5, "first": 2.0}, r"first must lie in \[0, 1\], got 2.0"),
     ],
 )
 def test_numbers_out_of_range_are_named(schedule, options, message):

@@ -5,8 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_flows.codecs import PromptTemplate
+from lightning_flows.modules import WarmupCosine
 from tests.parity.parity_cases import NO_CASES, VARIABLE
 
 
@@ -29,3 +31,20 @@ def test_prompts_are_the_official_strings(entry):
     assert PromptTemplate(**facts).build(entry["captions"]) == entry["result"]
     chat = facts.pop("chat")
     assert PromptTemplate(chat=chat).build(entry["captions"], **facts) == entry["result"]
+
+
+@every_entry("learning_rate_schedules")
+def test_learning_rates_are_the_official_ones(entry):
+    known = {"family", "warmup_steps", "total_steps", "min_lr", "max_lr", "lr_after_step_0_to_n"}
+    assert set(entry) == known
+    least, most, wanted = entry["min_lr"], entry["max_lr"], entry["lr_after_step_0_to_n"]
+    begin = {"tarflow": least, "starflow": min(least, 1e-6)}[entry["family"]]
+    options = {"start": begin / most, "first": least / most, "final": least / most}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=most)
+    steps = {name: entry[name] for name in ("warmup_steps", "total_steps")}
+    schedule, seen = WarmupCosine(optimizer, **steps, **options), []
+    for _ in wanted:
+        seen += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(wanted, rel=1e-9)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_flows.hub.convert import dit, guided_diffusion, lfm_adm, lfm_dit, lfm_edm, sit, starflow, tarflow, vae
 from lightning_flows.hub.convert.common import Format, card, read_state
+from lightning_flows.hub.licences import licence_files
 
 FORMATS: dict[str, Format] = {
     form.name: form
@@ -44,14 +45,24 @@ def convert(
     input_size: int | tuple[int, int] | None = None,
     label_dropout: float | None = None,
     scaling_factor: float | None = None,
+    in_channels: int | None = None,
+    head_size: int | None = None,
+    text_length: int | None = None,
+    text_encoder: str | None = None,
+    class_token: bool | None = None,
+    noise_std: float | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert an official checkpoint into a folder for `from_pretrained`.
 
     Args:
         format: ``lfm-dit``, ``lfm-adm``, ``lfm-edm``, ``sit``, ``dit``, ``guided-diffusion``,
-            ``guided-diffusion-cosine``, ``diffusers-vae`` or ``to-diffusers-vae`` (see `vae`).
-        file: the checkpoint, ``.pt``, ``.pth`` or ``.safetensors``; for autoencoders a folder.
-        out: folder for ``config.json``, ``model.safetensors`` and ``README.md``; written whole or not at all.
+            ``guided-diffusion-cosine``, ``tarflow``, ``starflow``, ``diffusers-vae`` or ``to-diffusers-vae`` (see
+            `vae`).
+        file: the checkpoint, ``.pt``, ``.pth`` or ``.safetensors``, or the folder that ``torch.distributed.checkpoint``
+            wrote; for autoencoders a folder.
+        out: folder for ``config.json``, ``model.safetensors`` and ``README.md``; written whole or not at all. Of
+            ``starflow`` also for the licence files beside the original, without which it cannot be passed on.
         weights: the averaged or the raw weights, where the file holds both; the averaged ones by default.
         num_heads: attention heads, for sizes that were not published.
         head_channels: channels of an attention head, of U-Nets.
@@ -60,6 +71,15 @@ def convert(
         label_dropout: of transformers: 0 if the label table has no null row (rate at which training dropped the
             label); of ``lfm-edm``: rate of further training.
         scaling_factor: of ``to-diffusers-vae``: what its users multiply latents by.
+        in_channels: of ``tarflow`` and ``starflow``: channels of the data, where they are not the published ones.
+        head_size: of the same: channels of an attention head, likewise.
+        text_length: of ``starflow``: tokens of a text, where the file does not tell.
+        text_encoder: of ``starflow``: repository or folder of the text model, where it is not the published one.
+        class_token: of ``starflow``: the text is one token, a class.
+        noise_std: of ``tarflow`` and ``starflow``: deviation of the noise on the training data, which is taken out of
+            samples; that of the published model with such data by default.
+        network: of ``starflow``: further arguments of the network, such as ``{"reverse_first": False}``; see
+            `starflow.load_network`.
 
     Returns:
         The folder.
@@ -76,18 +96,35 @@ def convert(
         "input_size": input_size,
         "label_dropout": label_dropout,
         "scaling_factor": scaling_factor,
+        "in_channels": in_channels,
+        "head_size": head_size,
+        "text_length": text_length,
+        "text_encoder": text_encoder,
+        "class_token": class_token,
+        "noise_std": noise_std,
     }
     options = {name: value for name, value in options.items() if value is not None}
     try:
+        if twice := sorted(set(options) & set(network or {})):
+            raise ValueError(f"{', '.join(twice)} is given twice, by itself and in network")
+        options |= network or {}
         if form.convert is not None:
             given = options if weights is None else {**options, "weights": weights}
             form.check_options(given)
             return form.convert(file, out, **given)
-        network = form.network(read_state(file, weights), **options)
+        model = _model(form, read_state(file, weights), options)
     except ValueError as error:
         raise ValueError(f"{file} cannot be converted as {format}: {error}") from error
+    licences = licence_files(form, file)
+    return model.save_pretrained(out, {"README.md": card(form, file, sorted(licences)), **licences})
+
+
+def _model(form: Format, tensors: Mapping[str, Tensor], options: Mapping[str, Any]) -> Any:
+    form.check_options(options)
     assert form.module is not None, f"format {form.name} says neither how to convert nor what module it is"
-    return form.module(network).save_pretrained(out, {"README.md": card(form, file)})
+    about = {name: value for name, value in options.items() if name in form.module_options}
+    network = form.network(tensors, **{name: value for name, value in options.items() if name not in about})
+    return form.module(network, **about)
 
 
 def load_network(format: str, tensors: Mapping[str, Tensor], **options: Any) -> nn.Module:

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_flows.hub.convert.distributed import read_distributed
 from lightning_flows.store import load_tensors
 
 Weights = Literal["ema", "raw", "condition"]
@@ -41,9 +42,12 @@ class Format:
         licence_note: one or two sentences about it, for the card.
         load_network: ``(tensors, **options) -> network`` in our conventions, with the weights; None where ``convert``
             does it all.
-        module: ``(network) -> GenerativeModule``: codec, objective and sampler of the publication.
-        options: names of the arguments that say what the file cannot.
+        module: ``(network, **options) -> GenerativeModule``: codec, objective and sampler of the publication.
+        options: names of the arguments of the network that say what the file cannot.
         convert: ``(file, out, **options) -> folder`` for a format that is no single state dict, instead of the two.
+        module_options: names of the arguments of the module that say what the file cannot.
+        agreement: what is known of a licence whose text must lie beside the weights, see `hub.licences`; else None.
+        family: tag of the card.
     """
 
     name: str
@@ -54,6 +58,9 @@ class Format:
     module: Callable[[nn.Module], Any] | None = None
     options: tuple[str, ...] = ()
     convert: Callable[..., Path] | None = None
+    module_options: tuple[str, ...] = ()
+    agreement: str | None = None
+    family: str = "flow-matching"
 
     def network(self, tensors: Mapping[str, Tensor], **options: Any) -> nn.Module:
         """The network of an official state dict.
@@ -61,19 +68,20 @@ class Format:
         Raises:
             ValueError: an option that the format does not have, or a format that is no single state dict.
         """
-        self.check_options(options)
+        self.check_options(options, self.options)
         if self.load_network is None:
             raise ValueError(f"a file of {self.name} holds no network")
         return self.load_network(tensors, **options)
 
-    def check_options(self, given: Mapping[str, Any]) -> None:
-        """Refuse options that the format does not have.
+    def check_options(self, given: Mapping[str, Any], known: Sequence[str] | None = None) -> None:
+        """Refuse options that the format does not have (by default: neither for its network nor for its module).
 
         Raises:
             ValueError: naming them and those that it has.
         """
-        if unknown := sorted(set(given) - set(self.options)):
-            raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {list(self.options)}")
+        known = [*self.options, *self.module_options] if known is None else list(known)
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"{self.name} has no option {', '.join(unknown)}; it has {known}")
 
 
 def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Tensor]:
@@ -82,7 +90,8 @@ def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Te
     Args:
         file: ``.safetensors``, or what ``torch.save`` wrote: a state dict, or one inside
             ``{model, ema, opt, args}``, ``{model_dict, optimizer, ...}`` and the like. A pickled
-            ``argparse.Namespace`` is allowed, other classes are not.
+            ``argparse.Namespace`` is allowed, other classes are not. Or a folder with the same content that
+            ``torch.distributed.checkpoint`` wrote.
         weights: ``"ema"`` or ``"raw"`` where a file holds both; by default the average if there is one.
             ``"condition"`` is the condition encoder that resumed runs of LFM keep beside the network.
 
@@ -91,7 +100,7 @@ def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Te
             value that is no floating-point tensor; a prefix that only some keys have.
     """
     path = Path(file)
-    content = load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
+    content = _content(path)
     state = _unwrap(content, weights, path)
     return {name: _tensor(value, name, path) for name, value in _strip(state, path).items()}
 
@@ -116,18 +125,30 @@ def factor(width: int, unit: int) -> float:
 
 
 def digest(file: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(file).open("rb") as stream:
+    """SHA-256, hexadecimal: of a file, or of the names and digests of the files in a folder, a line each, sorted."""
+    path = Path(file)
+    if path.is_dir():
+        lines = [f"{part.name} {digest(part)}\n" for part in sorted(path.iterdir()) if part.is_file()]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def card(form: Format, file: str | Path) -> str:
-    """Model card of a converted folder: where the weights come from, their licence, how to load them."""
-    name = Path(file).name
+def card(form: Format, file: str | Path, licences: Sequence[str] = ()) -> str:
+    """Model card of a converted folder: where the weights come from, their licence, how to load them.
+
+    Args:
+        form: of the original file.
+        file: the original file.
+        licences: names of the licence files that lie beside the converted weights.
+    """
+    name = Path(file).resolve().name
+    original = "the names and checksums of the original files" if Path(file).is_dir() else "the original file"
+    beside = f"\n- Beside these weights: {', '.join(f'`{name}`' for name in licences)}." if licences else ""
     return f"""---
 license: {form.licence}
 library_name: lightning_flows
-tags: [flow-matching, {form.name}]
+tags: [{form.family}, {form.name}]
 ---
 
 # {name}, converted
@@ -135,16 +156,23 @@ tags: [flow-matching, {form.name}]
 Weights of `{name}` ({form.source}), converted by `lightning-flows convert {form.name}`. The numbers are the
 original ones; names and conventions are those of lightning_flows (time from noise 0 to data 1).
 
-- SHA-256 of the original file: `{digest(file)}`
-- Licence of the weights: {form.licence}. {form.licence_note}
+- SHA-256 of {original}: `{digest(file)}`
+- Licence of the weights: {form.licence}. {form.licence_note}{beside}
 
 ```python
 import lightning_flows as lf
 
 model = lf.from_pretrained("path/to/this/folder")
-images = model.sample(n=4, seed=0)  # for class-conditional weights: lf.Condition(label=...)
+images = model.sample(n=4, seed=0)  # conditional weights: lf.Condition(label=...), or of texts
+                                    # lf.Condition(tokens=model.text.encode(["a cat"]))
 ```
 """
+
+
+def _content(path: Path) -> Any:
+    if path.is_dir():
+        return read_distributed(path)
+    return load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
 
 
 def _unpickle(path: Path) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_flows.flow import GaussianNoise, LogLinear, MaximumLikelihood
+from lightning_flows.flow import Dequantization, GaussianNoise, LogLinear, MaximumLikelihood
 from lightning_flows.hub.convert.common import Format, shape_of
 from lightning_flows.hub.convert.flows import depths, patch_of, sides_of, width_of, without
 from lightning_flows.modules import NormalizingFlow
@@ -22,6 +22,7 @@ from lightning_flows.networks import TARFlow
 from lightning_flows.store import load_into
 
 HEAD_SIZE = 64  # of all published models
+NOISE = {(256, 3): 0.07, (128, 1000): 0.15, (64, 1000): 0.05, (64, None): 0.05}  # of them, by side and classes
 
 
 def load_network(
@@ -72,15 +73,33 @@ def load_network(
     return network
 
 
-def module(network: nn.Module) -> NormalizingFlow:
-    """The published model around the network: pixels with Gaussian noise, removed by one step after sampling."""
-    return NormalizingFlow(
-        network=network, objective=MaximumLikelihood(GaussianNoise(0.07)), guidance=LogLinear(annealed=True)
-    )
+def module(network: nn.Module, *, noise_std: float | None = None) -> NormalizingFlow:
+    """The published model around the network: pixels with Gaussian noise, removed by one step after sampling.
+
+    Args:
+        network: a `TARFlow`.
+        noise_std: deviation of the noise on the training data, 0 for uniform noise (the model of the published bits per
+            dimension); that of the published model with such images and classes by default.
+
+    Raises:
+        ValueError: no published model has such images and classes, and ``noise_std`` is not given.
+    """
+    assert isinstance(network, TARFlow)
+    _, height, width = network.shape
+    published = NOISE.get((height, network.num_classes)) if height == width else None
+    std = published if noise_std is None else noise_std
+    if std is None:
+        raise ValueError(
+            f"noise_std is needed: no file says how noisy the training data were, and no published model has images of "
+            f"{height} x {width} pixels and num_classes={network.num_classes} (0 for uniform noise)"
+        )
+    noise = GaussianNoise(std) if std else Dequantization()
+    return NormalizingFlow(network=network, objective=MaximumLikelihood(noise), guidance=LogLinear(annealed=True))
 
 
 FORMAT = Format(
     name="tarflow",
+    family="normalizing-flow",
     source="TARFlow, github.com/apple/ml-tarflow (or a third-party model of that architecture)",
     licence="other",
     licence_note="See the licence of the file that was converted: Apple's AFHQ file has no licence of its own and must "
@@ -88,4 +107,5 @@ FORMAT = Format(
     load_network=load_network,
     module=module,
     options=("in_channels", "input_size", "head_size", "label_dropout"),
+    module_options=("noise_std",),
 )
