@@ -34,11 +34,11 @@ class SampleGrid(Callback):
         every_n_epochs: epochs between looks, None for none.
         n: number of samples; by default 64, or as many whole rounds of `labels` as fit in 64 (at least
         one). labels: classes to draw, repeated in turn until there are `n`; None draws without condition.
-        seed: seed of all looks. nrow: pictures per row; by default one round of labels, else a square.
+        prompts: texts to draw, likewise, for a module that reads captions. seed: seed of all looks. nrow: pictures per row; by default one round of labels, else a square.
         at_fit_end: also look when the fit ends. filename: pattern with the field `step`, ends in `.png`.
 
     Raises:
-        ValueError: a count below 1, empty labels, a bad pattern, or a module that does not sample (B, C, H,
+        ValueError: a count below 1, empty labels, labels beside prompts, a bad pattern, or a module that does not sample (B, C, H,
         W).
     """
 
@@ -49,6 +49,7 @@ class SampleGrid(Callback):
         every_n_epochs: int | None = 1,
         n: int | None = None,
         labels: list[int] | None = None,
+        prompts: list[str] | None = None,
         seed: int = 0,
         nrow: int | None = None,
         at_fit_end: bool = True,
@@ -60,14 +61,17 @@ class SampleGrid(Callback):
                 raise ValueError(f"SampleGrid: {name} must be at least 1 or None, got {value}.")
         if labels is not None and not labels:
             raise ValueError("SampleGrid: labels must name at least one class or be None, got [].")
+        if prompts is not None and (labels is not None or not prompts):
+            raise ValueError(f"SampleGrid: prompts must be at least one text, and without labels, got {prompts}.")
         if not filename.endswith(".png") or filename.format(step=1) == filename.format(step=2):
             raise ValueError(f"SampleGrid: filename must contain {{step}} and end in .png, got {filename!r}.")
         self.every_n_steps = every_n_steps
         self.every_n_epochs = every_n_epochs
-        self.n = n or (len(labels) * max(1, 64 // len(labels)) if labels else 64)
-        self.labels = labels
+        named = labels or prompts
+        self.n = n or (len(named) * max(1, 64 // len(named)) if named else 64)
+        self.labels, self.prompts = labels, prompts
         self.seed = seed
-        self.nrow = nrow or (len(labels) if labels else math.ceil(math.sqrt(self.n)))
+        self.nrow = nrow or (len(named) if named else math.ceil(math.sqrt(self.n)))
         self.at_fit_end = at_fit_end
         self.filename = filename
         self._drawn_at = -1
@@ -128,13 +132,16 @@ class SampleGrid(Callback):
         return samples
 
     def _samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
-        return pl_module.sample(self._condition(pl_module.device), n=self.n, seed=self.seed)
+        return pl_module.sample(self._condition(pl_module), n=self.n, seed=self.seed)
 
-    def _condition(self, device: torch.device) -> Condition | None:
-        if self.labels is None:
+    def _condition(self, pl_module: L.LightningModule) -> Condition | None:
+        named = self.labels or self.prompts
+        if named is None:
             return None
-        rounds = -(-self.n // len(self.labels))
-        return Condition(label=torch.tensor((self.labels * rounds)[: self.n], device=device))
+        every = (named * -(-self.n // len(named)))[: self.n]
+        if self.prompts is not None:
+            return pl_module.condition_of({"caption": every})
+        return Condition(label=torch.tensor(every, device=pl_module.device))
 
 
 def _averaged_weights(trainer: L.Trainer) -> contextlib.AbstractContextManager[None]:

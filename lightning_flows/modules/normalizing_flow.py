@@ -340,8 +340,10 @@ def _check_text(network: FlowStack, text: TextEncoder | None) -> None:
         return
     if "tokens" not in network.streams:
         raise ValueError(f"text: {type(network).__name__} reads {list(network.streams) or 'no condition'}, no tokens")
-    if (text.length, text.size) != (network.text_length, network.text_size):
+    # The width of a frozen encoder stands in its own config, which may have to be fetched: its first use tells.
+    size = network.text_size if text.frozen else text.size
+    if (text.length, size) != (network.text_length, network.text_size):
         raise ValueError(
-            f"text gives {text.length} tokens of {text.size} channels, but {type(network).__name__} has "
+            f"text gives {text.length} tokens of {size} channels, but {type(network).__name__} has "
             f"text_length={network.text_length} and text_size={network.text_size}"
         )

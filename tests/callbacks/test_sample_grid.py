@@ -119,3 +119,21 @@ def test_a_module_that_does_not_draw_pictures_is_named(tmp_path):
 def test_bad_arguments_are_named(arguments, name):
     with pytest.raises(ValueError, match=name):
         SampleGrid(**arguments)
+
+
+def test_prompts_are_drawn_in_turn_under_the_conditions_that_the_module_makes_of_them(tmp_path):
+    asked = []
+
+    class Reads(Toy):
+        def condition_of(self, batch):
+            asked.append(batch["caption"])
+
+    trainer(tmp_path, SampleGrid(n=5, prompts=["a hat", "a shoe"]), max_epochs=1).fit(Reads(), data())
+    assert asked == [["a hat", "a shoe", "a hat", "a shoe", "a hat"]]
+    assert SampleGrid(prompts=["a", "b", "c"]).n == 63
+
+
+@pytest.mark.parametrize("options", [{"prompts": []}, {"prompts": ["a"], "labels": [1]}])
+def test_prompts_without_text_or_beside_labels_are_refused(options):
+    with pytest.raises(ValueError, match="prompts must be at least one text, and without labels"):
+        SampleGrid(**options)
