@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import zoo_flows
 from lightning_flows import Condition
 from lightning_flows.flow import seeds_from
 from lightning_flows.metrics import PRDC, Extractor, Frechet
@@ -28,8 +29,10 @@ class Drawn(NamedTuple):
         images: the samples, on the CPU.
         labels: of the samples.
         calls: network calls of a sample.
-        rows: items that the network saw for a sample: twice the calls where guidance adds the null condition.
+        rows: items that the network was given for a sample: twice the calls where guidance adds the null condition. (A
+            normalizing flow adds it inside a call.)
         seconds: of all samples.
+        passes: calls of a block's layers for a batch of a normalizing flow; 0 for other models.
     """
 
     images: Tensor
@@ -37,20 +40,24 @@ class Drawn(NamedTuple):
     calls: int
     rows: float
     seconds: float
+    passes: int = 0
 
 
 def draw(model: Any, labels: Tensor, seed: int, options: Mapping[str, Any], batch_size: int = 250) -> Drawn:
     """One sample for each of ``labels`` (N,); the calls of ``model.network`` are counted by a hook.
 
+    A normalizing flow is called once for all its tokens, and once more where noise is removed.
+
     Raises:
         RuntimeError: more than 25 network calls for a sample.
     """
-    seeds, parts, calls, rows = seeds_from(seed, len(labels)), [], [], 0
+    seeds, parts, calls, rows, passes = seeds_from(seed, len(labels)), [], [], 0, 0
 
-    def count(_network: Any, _args: Any, output: Tensor) -> None:
-        nonlocal rows
+    def count(_network: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        nonlocal rows, passes
         calls[-1] += 1
-        rows += len(output)
+        rows += len(args[0])
+        passes = max(passes, getattr(output, "passes", 0))
 
     hook = model.network.register_forward_hook(count)
     start = time.perf_counter()
@@ -64,7 +71,7 @@ def draw(model: Any, labels: Tensor, seed: int, options: Mapping[str, Any], batc
                 raise RuntimeError(f"{calls[-1]} network calls for a sample, at most {MAX_CALLS}: lower --steps")
     finally:
         hook.remove()
-    return Drawn(torch.cat(parts), labels, max(calls), rows / len(labels), time.perf_counter() - start)
+    return Drawn(torch.cat(parts), labels, max(calls), rows / len(labels), time.perf_counter() - start, passes)
 
 
 def scale_of(model: Any, options: Mapping[str, Any]) -> float:
@@ -81,13 +88,22 @@ def setting(model: Any, drawn: Drawn, options: Mapping[str, Any], seed: int) -> 
         "seed": seed,
         "guidance_scale": scale_of(model, options),
         "guidance": None if guidance is None else repr(guidance),
+        **_solved(model, drawn, options),
+        "seconds_per_sample": drawn.seconds / len(drawn.labels),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _solved(model: Any, drawn: Drawn, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What turned noise into samples, and its calls."""
+    if zoo_flows.is_flow(model):
+        return {**zoo_flows.setting_of(model, options), "nfe": drawn.calls, "passes": drawn.passes}
+    return {
         "solver": repr(getattr(model, "solver", None)),
         "steps": options.get("steps", getattr(model, "steps", None)),
         "nfe": drawn.calls,
         "network_rows": drawn.rows,
-        "seconds_per_sample": drawn.seconds / len(drawn.labels),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
     }
 
 

@@ -14,6 +14,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_flows.networks import Automatic
+
 Json = dict[str, Any]
 FILE = "metrics.json"
 
@@ -27,10 +29,17 @@ def setting(trainer: L.Trainer, pl_module: L.LightningModule) -> Json:
         "guidance": None if guidance is None else repr(guidance),
         "solver": None if solver is None else repr(solver),
         "steps": getattr(pl_module, "steps", None),
+        **_inverse(pl_module),
         "device": device_name(pl_module.device),
         "precision": str(trainer.precision),
         **({"epoch": trainer.current_epoch, "step": trainer.global_step} if trainer.state.fn == "fit" else {}),
     }
+
+
+def _inverse(pl_module: L.LightningModule) -> Json:
+    """How a normalizing flow turns noise into samples; other families have no such thing."""
+    method = {"method": repr(pl_module.method or Automatic())} if hasattr(pl_module, "method") else {}
+    return method | ({"denoise": pl_module.denoise} if hasattr(pl_module, "denoise") else {})
 
 
 def hardware(trainer: L.Trainer, device: torch.device) -> Json:

@@ -9,13 +9,13 @@ from sklearn.decomposition import PCA
 
 from benchmarks import zoo_fashion, zoo_kl, zoo_scores
 from benchmarks.judges import fashion_cnn
-from lightning_flows.flow import ClassifierFree, Euler, Midpoint
+from lightning_flows.flow import ClassifierFree, Dequantization, Euler, Midpoint
 from lightning_flows.hub import figures
 from lightning_flows.metrics import Frechet
 from lightning_flows.metrics.reconstruction import PeakSignalToNoise
 from lightning_flows.modules import LatentFlowMatching
-from lightning_flows.networks import DiT
-from tests.benchmarks.tiny import SIZES, Halves, images, pictures
+from lightning_flows.networks import DiT, Sequential
+from tests.benchmarks.tiny import SIZES, Halves, flow, images, pictures
 
 SHORT = fashion_cnn.Recipe(epochs=2, batch_size=16, lr=0.05)
 
@@ -163,6 +163,31 @@ def test_the_scale_of_the_model_counts_unless_another_is_asked(model):
     assert zoo_scores.scale_of(model, {"guidance": 1.0}) == 1
 
 
+def test_a_normalizing_flow_is_called_once_and_once_more_where_noise_is_removed():
+    model, labels = flow(), torch.arange(6)
+    denoised = zoo_scores.draw(model, labels, 3, {"method": Sequential()}, batch_size=4)
+    assert (denoised.calls, denoised.rows, denoised.passes) == (2, 2, 6)  # two blocks, three of four tokens
+    plain = zoo_scores.draw(model, labels, 3, {"denoise": 0.0, "guidance": 2.0})
+    assert (plain.calls, plain.rows, plain.images.shape) == (1, 1, (6, 1, 28, 28))
+
+
+def test_the_setting_of_a_flow_names_how_it_is_inverted_and_no_solver(model):
+    drawn = zoo_scores.Drawn(torch.zeros(2, 1, 28, 28), torch.zeros(2), 2, 2, 1.0, 8)
+    own = zoo_scores.setting(model, drawn, {}, 0)
+    assert list(own) == [
+        "samples", "seed", "guidance_scale", "guidance", "solver", "steps", "nfe", "network_rows",
+        "seconds_per_sample", "device", "threads",
+    ]  # fmt: skip
+    inverse = zoo_scores.setting(flow(), drawn, {}, 0)
+    assert inverse.keys() - own.keys() == {"method", "denoise", "data_noise", "passes"}
+    assert own.keys() - inverse.keys() == {"solver", "steps", "network_rows"}
+    assert (inverse["method"][:9], inverse["denoise"], inverse["passes"]) == ("Automatic", 1.0, 8)
+    assert inverse["data_noise"] == "GaussianNoise(deviation=0.1, weighted=False)"
+    asked = zoo_scores.setting(flow(), drawn, {"method": Sequential(), "denoise": 0.5, "guidance": 3.0}, 0)
+    assert (asked["method"], asked["denoise"], asked["guidance_scale"]) == ("Sequential()", 0.5, 3.0)
+    assert zoo_scores.setting(flow(Dequantization()), drawn, {}, 0)["denoise"] == 0
+
+
 def test_nearest_pixels_are_those_of_the_whole_matrix():
     generator = torch.Generator().manual_seed(0)
     x, reference = (torch.randn(count, 1, 5, 5, generator=generator) for count in (40, 70))
@@ -193,6 +218,21 @@ def test_a_model_is_scored_against_real_images(judge, model):
     for entry in values.values():
         assert (entry["nfe"], entry["network_rows"], entry["guidance_scale"]) == (4, 8, 2)
     assert "judge on real test images: 0.9300" in zoo_fashion.report(values)
+
+
+def test_a_normalizing_flow_is_scored_guided_unguided_and_both_ways(judge):
+    train, test = images(60)[0], fashion_cnn.Real(*images(40, seed=1))
+    blocks = zoo_fashion.blocks_of(flow(), train, test, {"guidance": 2.0}, per_class=2)
+    assert list(blocks) == ["fashion", "fashion_unguided", "invertibility"]
+    scales = [block["cnn_accuracy"]["guidance_scale"] for block in blocks.values() if "cnn_accuracy" in block]
+    assert scales == [2, 1]
+    assert "denoise 1, scale 2.0" in zoo_fashion.report(blocks["fashion"])
+    assert "| inverse_error |" in zoo_fashion.report(blocks["invertibility"])
+
+
+def test_a_flow_matching_model_has_no_inverse_to_measure(judge, model):
+    test = fashion_cnn.Real(*images(40, seed=1))
+    assert list(zoo_fashion.blocks_of(model, images(60)[0], test, {}, per_class=2)) == ["fashion"]
 
 
 def test_real_images_in_the_place_of_samples_score_one(judge):

@@ -1,7 +1,11 @@
-"""Made-up garments and an autoencoder without weights, for the tests of scores and entries."""
+"""Made-up garments, an autoencoder without weights and a normalizing flow, for the tests of scores and entries."""
 
 import torch
 from torch import nn
+
+from lightning_flows.flow import GaussianNoise, MaximumLikelihood
+from lightning_flows.modules import NormalizingFlow
+from tests.networks.tiny_flows import redrawn, tarflow
 
 SIZES = {"input_size": 28, "patch_size": 14, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
@@ -18,6 +22,14 @@ def pictures(count, seed=0):
 def images(count, seed=0):
     pixels, labels = pictures(count, seed)
     return pixels.float() / 127.5 - 1, labels
+
+
+def flow(noise=None, **options):
+    """A TARFlow of four tokens whose weights are small, so that its samples are near its noise."""
+    sizes = {"input_size": 28, "patch_size": 14, "in_channels": 1, "num_blocks": 2}
+    objective = MaximumLikelihood(noise or GaussianNoise(0.1))
+    network = redrawn(tarflow(**{**sizes, "num_classes": 10, **options}), std=0.05)
+    return NormalizingFlow(network=network, objective=objective)
 
 
 class Halves(nn.Module):

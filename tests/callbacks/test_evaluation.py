@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 from lightning_flows.callbacks.evaluation import Evaluation
+from lightning_flows.networks import Automatic, Sequential
 
 
 class Gap(Metric):
@@ -124,6 +125,15 @@ def test_a_test_logs_and_writes_every_value_with_its_setting(tmp_path, monkeypat
     assert block["logged"] == {"nats": 2.5}
     assert set(block["versions"]) == {"lightning-flows", "torch", "lightning"}
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_how_a_normalizing_flow_is_inverted_stands_beside_its_values(tmp_path):
+    for method, written in ((None, repr(Automatic())), (Sequential(), "Sequential()")):
+        model = Toy()
+        model.method, model.denoise = method, 0.5
+        _trainer(tmp_path, Evaluation([Gap()])).test(model, _loader(), verbose=False)
+        entry = _read(tmp_path)["test"]["values"]["gap"]
+        assert (entry["method"], entry["denoise"], entry["solver"]) == (written, 0.5, None)
 
 
 def test_equal_runs_write_equal_files(tmp_path):
