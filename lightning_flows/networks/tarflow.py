@@ -37,6 +37,7 @@ class TARFlow(FlowStack):
         mlp_ratio: width of the MLPs over ``hidden_size``.
         num_classes: number of classes; None for a network that reads no label.
         label_dropout: rate at which training drops the label. An absent label is the mean of all class vectors.
+        soft_clip: see `FlowBlock`: bounds log-scales and shifts, which the published models do not; 0 for no bound.
         volume_preserving: no scales; then the variance of z is tracked in training and samples start from it.
 
     Attributes:
@@ -62,6 +63,7 @@ class TARFlow(FlowStack):
         mlp_ratio: float = 4.0,
         num_classes: int | None = None,
         label_dropout: float = 0.0,
+        soft_clip: float = 0.0,
         volume_preserving: bool = False,
     ) -> None:
         super().__init__()
@@ -80,11 +82,18 @@ class TARFlow(FlowStack):
                 num_tokens=tokens,
                 num_classes=num_classes,
                 scale="none" if volume_preserving else "exp",
+                soft_clip=soft_clip,
             )
             for i, layers in enumerate(depths(depth, num_blocks))
         )
         if volume_preserving:
             self.register_buffer("prior_variance", torch.ones(tokens, channels))
+
+    def reset_parameters(self) -> None:
+        """See `FlowStack.reset_parameters`; a tracked variance begins at 1."""
+        super().reset_parameters()
+        if self.volume_preserving:
+            self.prior_variance.fill_(1)
 
     @property
     def streams(self) -> tuple[str, ...]:
