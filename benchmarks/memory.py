@@ -79,7 +79,7 @@ def cost(recipe: Path) -> Cost:
 
 
 def inputs(network: nn.Module, n: int) -> tuple[Any, ...]:
-    """Arguments of a call with ``n`` samples; a normalizing flow has no time, and costs the same without a condition."""
+    """Arguments of a call with ``n`` samples; a flow has no time, and costs as much without a condition."""
     if isinstance(network, FlowStack):
         return (torch.empty(n, *network.shape),)
     label = torch.zeros(n, dtype=torch.long) if "label" in network.streams else None

@@ -32,14 +32,17 @@ class SampleGrid(Callback):
     Args:
         every_n_steps: optimizer steps between looks, None for none.
         every_n_epochs: epochs between looks, None for none.
-        n: number of samples; by default 64, or as many whole rounds of `labels` as fit in 64 (at least
-        one). labels: classes to draw, repeated in turn until there are `n`; None draws without condition.
-        prompts: texts to draw, likewise, for a module that reads captions. seed: seed of all looks. nrow: pictures per row; by default one round of labels, else a square.
-        at_fit_end: also look when the fit ends. filename: pattern with the field `step`, ends in `.png`.
+        n: number of samples; by default 64, or as many whole rounds of `labels` as fit in 64 (at least one).
+        labels: classes to draw, repeated in turn until there are `n`; None draws without condition.
+        prompts: texts to draw, likewise, for a module that reads captions.
+        seed: seed of all looks.
+        nrow: pictures per row; by default one round of labels, else a square.
+        at_fit_end: also look when the fit ends.
+        filename: pattern with the field `step`, ends in `.png`.
 
     Raises:
-        ValueError: a count below 1, empty labels, labels beside prompts, a bad pattern, or a module that does not sample (B, C, H,
-        W).
+        ValueError: a count below 1, empty labels or prompts, both of them, a bad pattern, or a module that does not
+            sample (B, C, H, W).
     """
 
     def __init__(

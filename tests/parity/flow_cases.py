@@ -1,8 +1,8 @@
 """Reference numbers of Apple's autoregressive flows: cases that say, for each output, the call that made it.
 
 A case is ``NAME.json`` with ``NAME.weights.safetensors`` and ``NAME.io.safetensors`` (``in/*``, ``out/*``). A test
-exists for every output tensor. A call is answered by the operation that it names; what no operation covers, a call with an
-argument that is not known, and an output that no call names are failures.
+exists for every output tensor. A call is answered by the operation that it names; what no operation covers, a call
+with an argument that is not known, and an output that no call names are failures.
 """
 
 import json
