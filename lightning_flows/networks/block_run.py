@@ -9,6 +9,7 @@ from lightning_flows.flow.affine import Affine, AffineGuidance
 from lightning_flows.networks.causal import KeyValueCache
 from lightning_flows.networks.flow_block import Context, FlowBlock
 from lightning_flows.networks.layers import at_least_float32
+from lightning_flows.networks.plain_layers import plain_layers
 from lightning_flows.networks.rotary import Rotation
 
 
@@ -49,9 +50,10 @@ class BlockRun:
         self.cache = KeyValueCache(len(block.attn_blocks), self.prefix + self.steps)
         self.progress = torch.arange(1, self.steps + 1, device=z.device) / self.steps
         self.sharpness = self._sharpness(len(z))
+        self.plain = plain_layers(block.attn_blocks, z.device)
         self.passes = 0
         if self.prefix:
-            block.prime(context, rotation, self.cache, self.sharpness)
+            block.prime(context, rotation, self.cache, self.sharpness, self.plain)
 
     def _sharpness(self, size: int) -> Tensor | None:
         if self.guidance is None or self.guidance.null_temperature == 1:
@@ -75,7 +77,9 @@ class BlockRun:
         inputs = self.inputs[:, start:stop]
         if self.guidance is not None:
             inputs = torch.cat([inputs, inputs])
-        gaussian = self.block.predict(inputs, self.context, self.rotation, self.cache, self.sharpness, start)
+        gaussian = self.block.predict(
+            inputs, self.context, self.rotation, self.cache, self.sharpness, start, self.plain
+        )
         if self.guidance is not None:
             half = len(inputs) // 2
             pair = gaussian.rows(slice(None, half)), gaussian.rows(slice(half, None))

@@ -62,6 +62,8 @@ class LayerStyle:
             raise ValueError(f"head_size must divide hidden_size={self.hidden_size}, got {self.head_size}")
         if self.norm not in get_args(Norm):
             raise ValueError(f"norm must be one of {get_args(Norm)}, got {self.norm!r}")
+        if self.heads < 1:
+            raise ValueError(f"num_heads must be positive, got {self.num_heads}")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"num_kv_heads must divide the {self.heads} heads, got {self.num_kv_heads}")
         if not self.mlp_ratio > 0:
@@ -108,21 +110,35 @@ class LayerCache:
 
     Attributes:
         filled: positions that are known.
+        store: keys and values beside each other, shape (B, length, 2, G, d); empty before the first ones come.
     """
 
     def __init__(self, length: int) -> None:
         self.length, self.filled = length, 0
-        self.keys = self.values = torch.empty(0)
+        self.store = torch.empty(0)
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of all positions, known or not, shape (B, G, length, d)."""
+        return self.store[:, :, 0].transpose(1, 2)
+
+    @property
+    def values(self) -> Tensor:
+        """Values of all positions, known or not, shape (B, G, length, d)."""
+        return self.store[:, :, 1].transpose(1, 2)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values (B, G, N, d) of the next N positions; those of all so far, (B, G, filled, d)."""
-        if self.keys.numel() == 0:  # rows, heads and dtype are known now
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        start, self.filled = self.filled, self.filled + k.shape[2]
-        self.keys[:, :, start : self.filled] = k
-        self.values[:, :, start : self.filled] = v
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        return self.extend(torch.stack([k, v], dim=2).permute(0, 3, 2, 1, 4))
+
+    def extend(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """As `append`, for keys and values beside each other, (B, N, 2, G, d)."""
+        if self.store.numel() == 0:  # rows, heads and dtype are known now
+            self.store = pairs.new_empty(pairs.shape[0], self.length, *pairs.shape[2:])
+        start, self.filled = self.filled, self.filled + pairs.shape[1]
+        self.store.narrow(1, start, pairs.shape[1]).copy_(pairs)
+        keys, values = self.store.narrow(1, 0, self.filled).transpose(1, 3).unbind(2)
+        return keys, values
 
 
 class KeyValueCache:
@@ -151,15 +167,14 @@ class KeyValueCache:
         part = KeyValueCache(0, 0)
         for layer in self.layers:
             copy = LayerCache(layer.length)
-            copy.keys, copy.values, copy.filled = layer.keys[index], layer.values[index], layer.filled
+            copy.store, copy.filled = layer.store[index], layer.filled
             part.layers.append(copy)
         return part
 
     def put(self, index: Tensor, part: KeyValueCache, start: int, stop: int) -> None:
         """Take over positions ``start`` to ``stop - 1`` of some rows from a copy with those rows."""
         for layer, other in zip(self.layers, part.layers, strict=True):
-            layer.keys[index, :, start:stop] = other.keys[:, :, start:stop]
-            layer.values[index, :, start:stop] = other.values[:, :, start:stop]
+            layer.store[index, start:stop] = other.store[:, start:stop]
 
 
 class CausalAttention(nn.Module):
@@ -168,10 +183,9 @@ class CausalAttention(nn.Module):
     def __init__(self, style: LayerStyle) -> None:
         super().__init__()
         inner = style.heads * style.head_size
-        self.sizes = [inner, style.kv_heads * style.head_size, style.kv_heads * style.head_size]
-        self.head_size = style.head_size
+        self.head_size, self.heads = style.head_size, [style.heads, style.kv_heads, style.kv_heads]
         self.norm = style.norm_of(style.hidden_size)
-        self.qkv = nn.Linear(style.hidden_size, sum(self.sizes), bias=style.bias)
+        self.qkv = nn.Linear(style.hidden_size, sum(self.heads) * style.head_size, bias=style.bias)
         self.query_norm = OffsetRMSNorm(style.head_size) if style.qk_norm else None
         self.key_norm = OffsetRMSNorm(style.head_size) if style.qk_norm else None
         self.proj = nn.Linear(inner, style.hidden_size, bias=style.bias)
@@ -185,8 +199,8 @@ class CausalAttention(nn.Module):
         sharpness: Tensor | None = None,
     ) -> Tensor:
         """What attention adds to the tokens; arguments as in `CausalLayer.forward`, shape (B, N, W)."""
-        parts = self.qkv(self.norm(x)).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)  # (B, H, N, d)
+        heads = self.qkv(self.norm(x)).unflatten(-1, (-1, self.head_size))  # (B, N, H + 2 G, d)
+        q, k, v = (part.transpose(1, 2) for part in heads.split(self.heads, dim=2))  # each (B, H or G, N, d)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
@@ -198,16 +212,21 @@ class CausalAttention(nn.Module):
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
-        if cache is None or (cache.filled == 0 and q.shape[2] > 1):
-            if cache is not None:
-                cache.append(k, v)
+        if cache is None:
             return attention(q, k, v, causal=True)
-        known = cache.filled
-        keys, values = cache.append(k, v)
-        return attention(q, keys, values, None if q.shape[2] == 1 else _lower_right(q.shape[2], known, q.device))
+        known, new, dtype = cache.filled, q.shape[2], kept_dtype(k)
+        k, v = cache.append(k.to(dtype), v.to(dtype))
+        mask = lower_right(new, known, q.device) if known and new > 1 else None
+        return attention(q.to(dtype), k, v, mask, causal=not known).to(q.dtype)
 
 
-def _lower_right(new: int, known: int, device: torch.device) -> Tensor:
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype keys and values are kept: on a CPU, attention to them is slow in 16 bits, unless compiled."""
+    slow = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return torch.promote_types(x.dtype, torch.float32) if slow else x.dtype
+
+
+def lower_right(new: int, known: int, device: torch.device) -> Tensor:
     """Each of ``new`` queries sees the known positions, those before it and itself: bool (new, known + new)."""
     return torch.ones(new, known + new, dtype=torch.bool, device=device).tril(known)
 

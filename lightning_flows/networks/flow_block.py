@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_flows.flow.affine import Affine
 from lightning_flows.networks.causal import CausalLayer, KeyValueCache, LayerStyle, OffsetRMSNorm
 from lightning_flows.networks.layers import at_least_float32, narrowed, without_autocast
+from lightning_flows.networks.plain_layers import PlainLayers
 from lightning_flows.networks.rotary import Rotation
 
 ScaleMap = Literal["exp", "softplus", "none"]
@@ -125,7 +126,7 @@ class FlowBlock(nn.Module):
             added = table[rows]  # (B, 1, W); row -1 is the last one
         if self.proj_txt is None or text is None:
             return Context(added)
-        return Context(added, self.proj_txt(narrowed(text, self.proj_txt.weight)))
+        return Context(added, self.proj_txt(text.to(self.proj_txt.weight.dtype)))
 
     # ------------------------------------------------------------------ all tokens at once
 
@@ -178,6 +179,7 @@ class FlowBlock(nn.Module):
         cache: KeyValueCache | None = None,
         sharpness: Tensor | None = None,
         start: int = 0,
+        plain: PlainLayers | None = None,
     ) -> Affine:
         """The Gaussian of the token after each input.
 
@@ -188,6 +190,7 @@ class FlowBlock(nn.Module):
             cache: what was computed from the inputs before these; it is extended.
             sharpness: see `CausalLayer.forward`.
             start: place of the first of these inputs.
+            plain: the layers as bare tensors, for passes with a cache; None for the modules.
 
         Returns:
             Shape (B, n, D), float32.
@@ -202,20 +205,32 @@ class FlowBlock(nn.Module):
             h = torch.cat([context.prefix.to(h), h], dim=1)  # type: ignore[union-attr]
         first = 0 if cache is None else prefix + start
         turned = None if rotation is None else rotation.between(first, first + h.shape[1])
-        h = self._layers(h, turned, cache, sharpness)
+        h = self._layers(h, turned, cache, sharpness, plain)
         return self._gaussian(h[:, -inputs.shape[1] :])
 
     def prime(
-        self, context: Context, rotation: Rotation | None, cache: KeyValueCache, sharpness: Tensor | None = None
+        self,
+        context: Context,
+        rotation: Rotation | None,
+        cache: KeyValueCache,
+        sharpness: Tensor | None = None,
+        plain: PlainLayers | None = None,
     ) -> None:
         """Let an empty cache see the prefix."""
         if context.prefix is not None:
             turned = None if rotation is None else rotation.between(0, context.prefix.shape[1])
-            self._layers(context.prefix, turned, cache, sharpness)
+            self._layers(context.prefix.clone(), turned, cache, sharpness, plain)
 
     def _layers(
-        self, h: Tensor, rotation: Rotation | None, cache: KeyValueCache | None, sharpness: Tensor | None
+        self,
+        h: Tensor,
+        rotation: Rotation | None,
+        cache: KeyValueCache | None,
+        sharpness: Tensor | None,
+        plain: PlainLayers | None = None,
     ) -> Tensor:
+        if plain is not None and cache is not None:
+            return plain(h, rotation, cache.layers, sharpness)
         for i, layer in enumerate(self.attn_blocks):
             h = layer(h, rotation, None if cache is None else cache.layers[i], sharpness)
         return h
@@ -223,7 +238,10 @@ class FlowBlock(nn.Module):
     def _positions(self, start: int, count: int) -> Tensor:
         """Rows of the table in scan order, shape (n, W)."""
         assert self.pos_embed is not None
-        return self.scanned(self.pos_embed[None])[0, start : start + count]
+        if not self.reverse:
+            return self.pos_embed[start : start + count]
+        end = len(self.pos_embed) - start
+        return self.pos_embed[end - count : end].flip(0)
 
     def _gaussian(self, h: Tensor) -> Affine:
         out = self.proj_out(h if self.final_norm is None else self.final_norm(h))

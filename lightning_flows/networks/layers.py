@@ -67,7 +67,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, ca
         GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (Ainslie et al., 2023).
     """
     if k.shape[1] != q.shape[1]:
+        if q.shape[2] == 1 and mask is None and not causal:  # heads that share keys are queries of one head
+            return attention(q.reshape(len(q), k.shape[1], -1, q.shape[3]), k, v).reshape(q.shape)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    if q.shape[2] == 1 and mask is None and not causal and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return _weighted_sum(q, k, v).to(v.dtype)
     if _backend == "math":
         return _plain_attention(q, k, v, _triangle(q, k) if causal else mask)
     if _backend == "flash":
@@ -85,6 +89,13 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     return logits.softmax(-1).to(v.dtype) @ v
+
+
+def _weighted_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query (B, H, 1, D), as sums that a compiler fuses: each key and value is read once."""
+    q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+    weights = (q * q.shape[-1] ** -0.5 * k).sum(-1).softmax(-1)  # (B, H, M)
+    return (weights[..., None] * v).sum(2, keepdim=True)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
