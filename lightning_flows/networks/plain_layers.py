@@ -9,7 +9,7 @@ wrapped, adapted, compiled or spread over devices.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,10 @@ class PlainLayer:
 
     def __init__(self, layer: CausalLayer, dtype: torch.dtype | None) -> None:
         self.heads, self.head_size = layer.attention.heads, layer.attention.head_size
-        self.norms = [(n.normalized_shape, n.weight, n.bias, n.eps) for n in (layer.attention.norm, layer.mlp.norm)]
-        parts = (layer.attention.qkv, layer.attention.proj, layer.mlp.main[0], layer.mlp.main[2])
+        norms: tuple[Any, ...] = (layer.attention.norm, layer.mlp.norm)
+        self.norms = [(norm.normalized_shape, norm.weight, norm.bias, norm.eps) for norm in norms]
+        main: Any = layer.mlp.main
+        parts = (layer.attention.qkv, layer.attention.proj, main[0], main[2])
         self.qkv, self.proj, self.up, self.down = (Product.of(part, dtype) for part in parts)
 
     def __call__(
