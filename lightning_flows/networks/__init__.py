@@ -5,6 +5,7 @@ Parallelism, compilation and checkpointing are applied from outside.
 
 from lightning_flows.networks.adapter_folder import load_adapter, save_adapter
 from lightning_flows.networks.adm_unet import ADMUNet
+from lightning_flows.networks.calibration import calibrate
 from lightning_flows.networks.causal import CausalLayer, KeyValueCache, LayerStyle
 from lightning_flows.networks.conditioning import LabelEmbedding, VelocityNetwork, check_condition
 from lightning_flows.networks.discriminator import PatchDiscriminator
@@ -85,6 +86,7 @@ __all__ = [
     "attention",
     "attention_backend",
     "blocks_of",
+    "calibrate",
     "check_condition",
     "checkpoint_blocks",
     "compile_blocks",

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 AttentionBackend = Literal["auto", "flash", "math"]
 BACKENDS = ("auto", "flash", "math")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+SHORT = 128  # keys up to which a CPU's 16-bit attention takes more time than one in float32, most of all backward
 
 # A plain module variable, not a ContextVar: checkpointed blocks are recomputed in autograd's own threads.
 _backend: AttentionBackend = "auto"
@@ -72,6 +73,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, ca
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if q.shape[2] == 1 and mask is None and not causal and q.device.type == "cpu" and torch.compiler.is_compiling():
         return _weighted_sum(q, k, v).to(v.dtype)
+    if _backend == "auto" and q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] <= SHORT:
+        return attention(q.float(), k.float(), v.float(), mask, causal=causal).to(v.dtype)
     if _backend == "math":
         return _plain_attention(q, k, v, _triangle(q, k) if causal else mask)
     if _backend == "flash":
