@@ -182,7 +182,7 @@ class Automatic(InverseMethod):
 
     segment: int = 16
     threshold: float = 1e-5
-    iterations: float = 8.0
+    iterations: float = 5.0
 
     # operations in the fixed time of one layer: seconds of overhead times operations per second
     OVERHEAD = {"cpu": 1e-4 * 1e11, "cuda": 1e-4 * 2e14}  # noqa: RUF012  (a constant, not a field)

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 AttentionBackend = Literal["auto", "flash", "math"]
 BACKENDS = ("auto", "flash", "math")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-SHORT = 128  # keys up to which a CPU's 16-bit attention takes more time than one in float32, most of all backward
+SHORT = 128  # keys up to which attention in 16 bits takes a CPU more time than in float32, most of all backward
 
 # A plain module variable, not a ContextVar: checkpointed blocks are recomputed in autograd's own threads.
 _backend: AttentionBackend = "auto"
@@ -73,8 +73,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, ca
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if q.shape[2] == 1 and mask is None and not causal and q.device.type == "cpu" and torch.compiler.is_compiling():
         return _weighted_sum(q, k, v).to(v.dtype)
-    if _backend == "auto" and q.device.type == "cpu" and q.dtype is torch.bfloat16 and k.shape[2] <= SHORT:
-        return attention(q.float(), k.float(), v.float(), mask, causal=causal).to(v.dtype)
+    if _backend == "auto" and q.device.type == "cpu" and k.shape[2] <= SHORT:
+        q, k, v, dtype = at_least_float32(q), at_least_float32(k), at_least_float32(v), v.dtype
+        with without_autocast(q.device):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).to(dtype)
     if _backend == "math":
         return _plain_attention(q, k, v, _triangle(q, k) if causal else mask)
     if _backend == "flash":
@@ -103,7 +105,8 @@ def _weighted_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A region whose float32 operations stay float32, also inside ``torch.autocast``."""
-    if not torch.amp.is_autocast_available(device.type):  # the meta device, for one
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):  # the meta device has none
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
