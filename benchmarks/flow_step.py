@@ -109,6 +109,7 @@ def contenders(made: TARFlow, batch: int, mixed: bool) -> dict[str, Contender]:
     label = torch.arange(batch) % (made.num_classes or 1)
     published = PublishedTARFlow(made)
     ours, theirs = losses(made, published, x, label)
+    ours, theirs = ours.detach(), theirs.detach()
     if abs(float(ours) - float(theirs)) > 1e-5 * abs(float(theirs)):
         raise RuntimeError(f"losses {float(ours)} and {float(theirs)}: the two networks are not the same")
     found = {
