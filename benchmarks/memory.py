@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common import finish, parser, show, table
 from lightning_flows.cli.runs import blocks_of as blocks_of_recipe
 from lightning_flows.flow import Condition
-from lightning_flows.networks import DiT, FlowStack, blocks_of, checkpoint_blocks, restore_blocks
+from lightning_flows.networks import DiT, FlowStack, attention_backend, blocks_of, checkpoint_blocks, restore_blocks
 from lightning_flows.store import build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -92,7 +92,8 @@ def autocast(precision: str) -> Any:
 
 def operations(network: nn.Module, precision: str) -> int:
     """Operations of one forward pass of one sample, a product and a sum counted as two."""
-    with FlopCounterMode(display=False) as counter, autocast(precision), torch.no_grad(), known_labels():
+    plain = attention_backend("math")  # some fused kernels are not counted
+    with FlopCounterMode(display=False) as counter, autocast(precision), torch.no_grad(), known_labels(), plain:
         network(*inputs(network, 1))
     return counter.get_total_flops()
 
@@ -107,7 +108,9 @@ def kept(network: nn.Module, n: int, precision: str) -> int:
             found[storage(value)] = value.untyped_storage().nbytes()
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value), autocast(precision), known_labels():
+    keeping = torch.autograd.graph.saved_tensors_hooks(note, lambda value: value)
+    fused = attention_backend("flash")  # as on an accelerator: a CPU's own way keeps float32
+    with keeping, autocast(precision), known_labels(), fused:
         output = network(*inputs(network, n))  # noqa: F841  (alive: storages of freed tensors would be met again)
     return sum(found.values())
 
