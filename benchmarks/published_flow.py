@@ -1,4 +1,7 @@
-"""TARFlow as it was published, written from its description: what `flow_sampling` and `flow_step` measure ours against.
+"""TARFlow in the published way, written from its description: what `flow_sampling` and `flow_step` measure ours against.
+
+That the published loop keeps a list for each layer and concatenates all of it at every token (``kept="list"``) is from
+memory: our description of it only says that the cache is concatenated. Read both figures.
 
 LayerNorm in float32, one Linear for queries, keys and values, attention with an explicit lower-triangular mask, the
 scan order by a flip, log-determinants as means. Samples come token by token; the keys and values of every token are
