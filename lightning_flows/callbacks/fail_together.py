@@ -17,6 +17,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightning_flows.networks.parallel import leave_group_at_exit
+
 log = logging.getLogger(__name__)
 
 POLL = 1.0  # seconds between two looks for the errors of other ranks
@@ -46,6 +48,7 @@ class FailTogether(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin to look for the errors of others."""
+        leave_group_at_exit()
         self._find_folder(trainer)
         if self._folder is not None and self._finished is None:
             self._finished, self._failed = threading.Event(), None

@@ -71,6 +71,7 @@ class GenerativeModule(Publishable):
         Raises:
             ValueError: tokens of another text encoder.
         """
+        super().setup(stage)
         check_tokens(self.trainer.datamodule, self.text)
 
     # ------------------------------------------------------------------ training

@@ -18,7 +18,7 @@ from lightning_flows.flow import StepNoise
 from lightning_flows.modules.pretrained import from_pretrained
 from lightning_flows.networks import shard_blocks
 from lightning_flows.networks.adapter_record import RECORD, check_record, plain_state, record
-from lightning_flows.networks.parallel import is_sharded, whole
+from lightning_flows.networks.parallel import is_sharded, leave_group_at_exit, whole
 from lightning_flows.networks.parts import factors_of
 from lightning_flows.store import Recorded, config_of, save_folder
 
@@ -60,6 +60,10 @@ class Publishable(L.LightningModule, Recorded):
             },
             logger=False,
         )
+
+    def setup(self, stage: str) -> None:
+        """Lets a run of several processes end well."""
+        leave_group_at_exit()
 
     def configure_model(self) -> None:
         """Spreads the network over the devices of a strategy that has a mesh of them (`strategies.FSDP2`).

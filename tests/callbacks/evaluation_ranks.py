@@ -10,6 +10,7 @@ from lightning_flows.callbacks import EMA, Evaluation, SamplingSpeed
 from lightning_flows.data.keyed import EvaluationSampler
 from lightning_flows.flow import Solution
 from lightning_flows.metrics import PRDC, Frechet, KernelDistance
+from lightning_flows.networks.parallel import leave_group_at_exit
 
 ITEMS = 7
 
@@ -51,6 +52,9 @@ class Shades(L.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.drawn = []
+
+    def setup(self, stage):
+        leave_group_at_exit()
 
     def training_step(self, batch, batch_idx):
         return -self.weight

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_flows.networks.parallel import leave_group_at_exit
+
 
 class Toy(L.LightningModule):
     """Linear regression with a frozen part, a running statistic, momentum, and a fake `sample`."""
@@ -20,6 +22,9 @@ class Toy(L.LightningModule):
         self.validated: list[torch.Tensor] = []
         self.sampled: list[torch.Tensor] = []
         self.progress = None
+
+    def setup(self, stage):
+        leave_group_at_exit()
 
     def loss(self, batch):
         (x,) = batch

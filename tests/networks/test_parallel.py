@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,3 +250,26 @@ def test_the_class_of_a_block_is_what_it_was():
     network = dit(depth=1)
     checkpoint_blocks(network)
     assert type(network.blocks[0]) is DiTBlock
+
+
+LEAVES = """
+import atexit, sys
+import torch.distributed as dist
+from lightning_flows.networks.parallel import leave_group_at_exit
+
+atexit.register(lambda: print("in a group:", dist.is_initialized()))  # runs last
+leave_group_at_exit()
+leave_group_at_exit()
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+dist.all_gather_object([None], {"an": "object"})
+if len(sys.argv) > 2:
+    raise RuntimeError(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("error", "inside"), [([], False), (["it broke"], True)])
+def test_a_process_leaves_its_group_before_the_interpreter_ends_unless_it_failed(tmp_path, error, inside):
+    command = [sys.executable, "-c", LEAVES, str(tmp_path / "group"), *error]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == (1 if error else 0), result.stderr
+    assert result.stdout.strip() == f"in a group: {inside}"
