@@ -20,6 +20,7 @@ from lightning_flows.networks.block_run import BlockRun
 from lightning_flows.networks.flow_block import Context, FlowBlock
 from lightning_flows.networks.flow_stack import FlowStack
 from lightning_flows.networks.inverse_methods import Guess, InverseMethod, Jacobi, PerBlock, Sequential
+from lightning_flows.networks.pass_cost import Cost
 from lightning_flows.networks.rotary import Rotation
 
 
@@ -44,7 +45,7 @@ def calibrate(
     guesses: Sequence[Guess] = ("noise", "zeros"),
     max_iterations: int = 32,
     accuracy: float | None = None,
-    overhead: float = 16.0,
+    overhead: float | None = None,
 ) -> PerBlock:
     """The cheapest way to invert each block, found on data.
 
@@ -60,7 +61,8 @@ def calibrate(
         guesses: first guesses to try.
         max_iterations: see `Jacobi`.
         accuracy: of the tokens that a block gives back; ``threshold`` by default.
-        overhead: what a pass costs beside its tokens, in tokens: large for small batches, 0 counts arithmetic alone.
+        overhead: what a pass costs beside its tokens, in tokens: large for small batches, 0 counts arithmetic alone. By
+            default an estimate for this batch on this device (`Cost`).
 
     Returns:
         A method for each block, to be given as ``method``; frozen dataclasses, as a config can hold them.
@@ -70,7 +72,7 @@ def calibrate(
     """
     if not segments or min(segments) < 1:
         raise ValueError(f"segments must be numbers of at least 1, got {list(segments)}")
-    if not overhead >= 0:
+    if overhead is not None and not overhead >= 0:
         raise ValueError(f"overhead must not be negative, got {overhead}")
     allowed = threshold if accuracy is None else accuracy
     return PerBlock([_cheapest(known, threshold, segments, guesses, max_iterations, allowed, overhead)
@@ -93,11 +95,14 @@ def _cheapest(
     guesses: Sequence[Guess],
     max_iterations: int,
     accuracy: float,
-    overhead: float,
+    overhead: float | None,
 ) -> InverseMethod:
     if not len(known.block.attn_blocks):
         return Sequential()
     steps = known.x.shape[1] - (known.block.sos_embed is None)  # the first token is copied
+    if overhead is None:
+        estimate = Cost.of(BlockRun(known.block, known.z, known.context, known.rotation))
+        overhead = estimate.fixed / estimate.work
     best: InverseMethod = Sequential()
     least = steps * (overhead + 1)
     for count in dict.fromkeys(min(count, steps) for count in segments):

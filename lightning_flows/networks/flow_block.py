@@ -219,7 +219,7 @@ class FlowBlock(nn.Module):
         """Let an empty cache see the prefix."""
         if context.prefix is not None:
             turned = None if rotation is None else rotation.between(0, context.prefix.shape[1])
-            self._layers(context.prefix.clone(), turned, cache, sharpness, plain)
+            self._layers(context.prefix.clone(memory_format=torch.contiguous_format), turned, cache, sharpness, plain)
 
     def _layers(
         self,

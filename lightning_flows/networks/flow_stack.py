@@ -191,8 +191,9 @@ class FlowStack(Recorded, nn.Module):
         Raises:
             ValueError: data or a condition of another shape.
         """
-        if inverse is not None:
-            return self._draw(x, condition, inverse)
+        if inverse is not None:  # a network compiled as a whole would unroll the loop over all tokens
+            draw = torch.compiler.disable(self._draw) if torch.compiler.is_compiling() else self._draw
+            return draw(x, condition, inverse)
         tokens, seen = at_least_float32(self.patchify(x)), []
         log_det = tokens.new_zeros(len(x))
         rotations = self.rotations(*self.grid(x), x.device)

@@ -13,15 +13,18 @@ References:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_flows.networks.block_run import BlockRun
+from lightning_flows.networks.parallel import is_sharded
+from lightning_flows.networks.pass_cost import Cost
 
 Settled = Callable[[int], None]  # called with the number of tokens of a block that are settled
 Guess = Literal["noise", "zeros"]
@@ -51,7 +54,12 @@ class Sequential(InverseMethod):
 
     def __call__(self, run: BlockRun, settled: Settled) -> None:
         """See `InverseMethod.__call__`."""
-        for i in range(run.steps):
+        self.after(0, run, settled)
+
+    def after(self, start: int, run: BlockRun, settled: Settled) -> None:
+        """Settle the tokens after the first ``start`` ones, which are known."""
+        run.rewind(start)
+        for i in range(start, run.steps):
             run.settle(i, *run.evaluate(i, i + 1))
             settled(i + 1)
 
@@ -110,7 +118,7 @@ class Jacobi(InverseMethod):
         if self.guess == "zeros":
             run.inputs[:, 1:] = 0
         for start, stop in self.segments(run.steps):
-            (self._together if self.faithful else self._apart)(run, start, stop)
+            (self._together if self.faithful else self.settle)(run, start, stop)
             if self.refresh:
                 run.rewind(start)
                 run.evaluate(start, stop)
@@ -124,57 +132,85 @@ class Jacobi(InverseMethod):
             yield start, stop
             start = stop
 
-    def _pass(self, run: BlockRun, start: int, stop: int) -> Tensor:
-        """One pass over a segment; the relative mean square of its change, (B,) pairs (change, size), shape (B, 2)."""
-        old = run.inputs[:, start + 1 : stop + 1].clone()
-        new, log_scales = run.evaluate(start, stop)
+    def _pass(self, run: BlockRun, start: int, stop: int, exact: int = 0) -> Tensor:
+        """One pass over a segment without its first ``exact`` inputs, whose keys are kept.
+
+        Returns:
+            Pairs (mean square of the change, of the tokens) over the whole segment, shape (B, 2).
+        """
+        begin = start + exact
+        run.rewind(begin)
+        old = run.inputs[:, begin + 1 : stop + 1].clone()
+        new, log_scales = run.evaluate(begin, stop)
         if self.clamp is not None:
             new = new.clamp(-self.clamp, self.clamp)
-        run.settle(start, new, log_scales)
-        return torch.stack([(new - old).square().flatten(1).mean(1), new.square().flatten(1).mean(1)], dim=1)
+        run.settle(begin, new, log_scales)
+        size = run.inputs[:, start + 1 : stop + 1].square().flatten(1).mean(1)
+        change = (new - old).square().flatten(1).sum(1) / ((stop - start) * new.shape[2])
+        return torch.stack([change, size], dim=1)
 
     def _together(self, run: BlockRun, start: int, stop: int) -> None:
-        for k in range(self.max_iterations):
-            if k:
-                run.rewind(start)
+        for _ in range(self.max_iterations):
             change, size = self._pass(run, start, stop).mean(0).tolist()
             if change < self.threshold * size:
                 return
 
-    def _apart(self, run: BlockRun, start: int, stop: int) -> None:
-        part, alive = run, torch.arange(len(run.inputs), device=run.inputs.device)
-        for k in range(min(self.max_iterations, stop - start)):
-            if k:
-                part.rewind(start)
-            change, size = self._pass(part, start, stop).unbind(1)
-            moving = change >= self.threshold * size  # (B,)
-            if bool(moving.all()):
-                continue
-            if part is not run:
-                run.put(alive, part, start, stop)
-            alive = alive[moving]
-            if not len(alive):
-                break
-            passes, part = part.passes, run.rows(alive)
-            part.passes = passes
-        else:
-            if part is not run:
-                run.put(alive, part, start, stop)
-        run.passes = part.passes
-        run.cache.rewind(run.prefix + stop)
+    def settle(self, run: BlockRun, start: int, stop: int) -> int:
+        """Iterate one segment, every sample until it has settled.
+
+        Token i is exact after pass i, and its keys after the next one: each pass leaves one more input out.
+
+        Returns:
+            Tokens of the segment that are known: all, or the exact ones where ``max_iterations`` came first.
+        """
+        part, alive, k = run, torch.arange(len(run.inputs), device=run.inputs.device), 0
+        while len(alive) and k < min(self.max_iterations, stop - start):
+            pairs = self._pass(part, start, stop, k).tolist()  # one look at the device in a pass
+            moving = [not change < self.threshold * size for change, size in pairs]  # what is not a number moves
+            k += 1
+            if not all(math.isfinite(change) for change, _ in pairs):
+                _restart(part, start + k, stop)
+            if not all(moving):
+                part, alive = _without_settled(run, part, alive, moving, start, stop)
+        if part is not run:
+            run.put(alive, part, start, stop)
+            run.passes = part.passes
+        run.rewind(stop)
+        return k if len(alive) else stop - start
+
+
+def _without_settled(
+    run: BlockRun, part: BlockRun, alive: Tensor, moving: list[bool], start: int, stop: int
+) -> tuple[BlockRun, Tensor]:
+    """The samples that still move, as a copy, after those of ``part`` have been written to ``run``."""
+    passes = part.passes
+    if part is not run:
+        run.put(alive, part, start, stop)
+    alive = alive[torch.tensor(moving, device=alive.device)]
+    part = run.rows(alive) if len(alive) else run
+    part.passes = passes
+    return part, alive
+
+
+def _restart(run: BlockRun, start: int, stop: int) -> None:
+    """Guess the inputs that overflowed afresh, but the exact one at ``start``: attention would spread them."""
+    guess = run.inputs[:, start + 1 : stop + 1]
+    guess.copy_(torch.where(guess.isfinite(), guess, run.noise[:, start:stop]))
 
 
 @dataclass(frozen=True)
 class Automatic(InverseMethod):
-    """`Sequential` or `Jacobi`, for each block by an estimate of what both cost.
+    """`Sequential` or `Jacobi`, for each block by an estimate of what both cost, corrected by what happens.
 
-    A pass over n tokens of R rows costs, for every layer, a fixed time and that of its arithmetic; Jacobi needs
-    about ``iterations`` passes for a segment.
+    A pass over n tokens of R rows costs a fixed time for every layer, and that of its arithmetic. Where a segment is
+    expected to settle in fewer passes than pay, it is iterated. The next one is twice as long if that is cheaper a
+    token; and once a segment does not settle while it pays, the rest of the block goes token by token. A block whose
+    parameters are spread over devices goes token by token: all of them must make equally many passes.
 
     Args:
-        segment: see `Jacobi`.
+        segment: fewest tokens of the first segment; as many as the overhead of a pass hides, where that is more.
         threshold: see `Jacobi`; small, so that both methods agree for the eye.
-        iterations: passes that a segment is expected to need.
+        iterations: passes that the first segment is expected to need.
 
     Raises:
         ValueError: see `Jacobi`.
@@ -184,29 +220,37 @@ class Automatic(InverseMethod):
     threshold: float = 1e-5
     iterations: float = 5.0
 
-    # operations in the fixed time of one layer: seconds of overhead times operations per second
-    OVERHEAD = {"cpu": 1e-4 * 1e11, "cuda": 1e-4 * 2e14}  # noqa: RUF012  (a constant, not a field)
-
     def __post_init__(self) -> None:
         self.jacobi()
 
     def __call__(self, run: BlockRun, settled: Settled) -> None:
         """See `InverseMethod.__call__`."""
-        self.choose(run)(run, settled)
+        start, cost = 0, Cost.of(run)
+        length = self._first(cost)
+        while start < run.steps and self.choose(run) != Sequential():
+            stop, before = min(run.steps, start + length), run.passes
+            start += replace(self.jacobi(), max_iterations=cost.worth(stop - start)).settle(run, start, stop)
+            settled(start)
+            if start < stop:
+                break
+            taken = run.passes - before
+            if cost.passes(taken + 1, 2 * length) < 2 * cost.passes(taken, length):
+                length *= 2
+        Sequential().after(start, run, settled)
+
+    def _first(self, cost: Cost) -> int:
+        return max(self.segment, cost.cheap())
 
     def jacobi(self) -> Jacobi:
         """The other method."""
         return Jacobi(segment=self.segment, threshold=self.threshold)
 
     def choose(self, run: BlockRun) -> InverseMethod:
-        """The method that is expected to be quicker."""
-        rows = len(run.inputs) * (2 if run.guidance else 1)
-        layer = next(iter(run.block.attn_blocks))
-        work = 2 * rows * sum(parameter.numel() for parameter in layer.parameters())  # operations for one token
-        fixed = self.OVERHEAD.get(run.inputs.device.type, self.OVERHEAD["cuda"])
-        sequential = run.steps * (fixed + work)
-        passes = self.iterations * -(-run.steps // self.segment)
-        return self.jacobi() if passes * fixed + self.iterations * run.steps * work < sequential else Sequential()
+        """The method to begin with."""
+        cost = Cost.of(run)
+        tokens = min(self._first(cost), run.steps)
+        pays = cost.passes(self.iterations, tokens) < cost.passes(tokens, 1)
+        return self.jacobi() if pays and not is_sharded(run.block) else Sequential()
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,24 @@ class Rotation(NamedTuple):
         cos: shape (N, d), float32.
         sin: shape (N, d), float32.
         half_split: pairs are channels (k, k + d/2); else adjacent ones (2k, 2k + 1).
+        turns: cos + i sin of every adjacent pair, shape (N, d / 2), complex: one product in place of five operations.
     """
 
     cos: Tensor
     sin: Tensor
     half_split: bool = False
+    turns: Tensor | None = None
 
     def between(self, start: int, stop: int | None = None) -> Rotation:
         """That of positions ``start`` to ``stop - 1``."""
-        return Rotation(self.cos[start:stop], self.sin[start:stop], self.half_split)
+        turns = None if self.turns is None else self.turns[start:stop]
+        return Rotation(self.cos[start:stop], self.sin[start:stop], self.half_split, turns)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Turn ``x`` (B, H, N, d), the dtype of ``x``."""
+        if self.turns is not None and x.dtype == self.cos.dtype and not torch.compiler.is_compiling():
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * self.turns).flatten(-2)
         return (x * self.cos + self._quarter(x) * self.sin).to(x.dtype)
 
     def _quarter(self, x: Tensor) -> Tensor:
@@ -76,7 +82,10 @@ def rotation(positions: Tensor, head_size: int, *, theta: float = 10000.0, half_
     angles = [positions[:, i, None] * frequencies(n, theta, positions.device) for i, n in enumerate(counts)]
     angle = torch.cat(angles, dim=1)  # (N, d / 2)
     angle = torch.cat([angle, angle], dim=1) if half_split else angle.repeat_interleave(2, dim=1)  # (N, d)
-    return Rotation(angle.cos(), angle.sin(), half_split)
+    cos, sin = angle.cos(), angle.sin()
+    plain = half_split or positions.device.type == "mps"  # where complex numbers are half known
+    turns = None if plain else torch.complex(cos[:, 0::2], sin[:, 0::2])  # (N, d / 2)
+    return Rotation(cos, sin, half_split, turns)
 
 
 def grid_positions(rows: int, columns: int, reference: float, device: torch.device | None = None) -> Tensor:
