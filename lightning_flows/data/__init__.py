@@ -10,13 +10,17 @@ from lightning_flows.data.keyed import EvaluationSampler, KeyedItems, KeyedLoade
 from lightning_flows.data.latent_writer import LatentFormat, LatentWriter
 from lightning_flows.data.latents import CachedLatents
 from lightning_flows.data.lmdb import ImageLMDB
+from lightning_flows.data.mask_layouts import ADE20K, CelebAMaskHQ, Cityscapes, COCOStuff
 from lightning_flows.data.masks import MaskFolder
 from lightning_flows.data.requests import Requests
+from lightning_flows.data.shape_rule import shape_label, shape_mask
+from lightning_flows.data.shapes import Shapes
 from lightning_flows.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 from lightning_flows.data.transforms import ImageTransform
 from lightning_flows.data.webdataset import WebDataset
 
 __all__ = [
+    "ADE20K",
     "CIFAR10",
     "MNIST",
     "Arrays",
@@ -24,8 +28,11 @@ __all__ = [
     "Batch",
     "BucketEvaluationSampler",
     "BucketSampler",
+    "COCOStuff",
     "CachedLatents",
     "CaptionFolder",
+    "CelebAMaskHQ",
+    "Cityscapes",
     "Digits",
     "EvaluationSampler",
     "FashionMNIST",
@@ -40,5 +47,8 @@ __all__ = [
     "LatentWriter",
     "MaskFolder",
     "Requests",
+    "Shapes",
     "WebDataset",
+    "shape_label",
+    "shape_mask",
 ]

@@ -1,10 +1,10 @@
-"""Images in ``.npz`` or ``.npy`` files of numpy."""
+"""Images in ``.npz`` or ``.npy`` files of numpy, with their labels and masks."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,14 +12,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_flows.data.base import FlowDataModule
+from lightning_flows.data.mask_ids import Ids, MaskIds
+from lightning_flows.data.packed import PackedPictures
 from lightning_flows.data.torchvision_sets import TensorItems
 
 Layout = Literal["NHW", "NHWC", "NCHW"]
 
 LAYOUT = """\
-    {root}/train.npz   (keys {images!r} and, optionally, {labels!r}; or train.npy with the images alone;
+    {root}/train.npz   (keys {images!r} and, optionally, {labels!r} and {masks!r}; or train.npy with the images alone;
     {root}/val.npz      large splits in several files: train-00.npz, train-01.npz, ...)
     {root}/test.npz    (val and test are optional)"""
+
+
+class Part(NamedTuple):
+    """What one file holds: images (N, C, H, W) or packed ones, labels (N,), masks (N, H, W)."""
+
+    images: Tensor | PackedPictures
+    label: np.ndarray | None
+    mask: Tensor | None
 
 
 class Arrays(FlowDataModule):
@@ -33,12 +43,18 @@ class Arrays(FlowDataModule):
             uint8 always means 0..255.
         image_key: name of the images in a ``.npz``.
         label_key: name of the labels in a ``.npz``, int (N,); files without it have no labels.
+        mask_key: name of the masks in a ``.npz``, int (N, H, W); files without it have no masks.
+        offsets_key: where a ``.npz`` has this key, its images are JPEG or PNG files laid end to end, uint8 (bytes,),
+            and this says where each begins, (N + 1,); ``layout`` and ``value_range`` do not matter then.
         classes: names of the classes; None numbers them up to the largest label of the training items.
+        mask_classes: names of the mask classes; ids of masks must lie below their number, or be 255 (unlabelled).
+        mask_ids: new id of each id in the masks: a list, a mapping with the ids as text keys, or the name of such a
+            list in the ``.npz``. 255 as new id makes an id unlabelled; one that is not there is an error (255 stays).
         **kwargs: see `FlowDataModule`.
 
     Raises:
-        ValueError: an unknown layout, a missing key, arrays whose shape or type does not fit; names file and
-            argument.
+        ValueError: an unknown layout, a missing key, arrays whose shape or type does not fit, an unknown id in a mask;
+            names file and argument.
         FileNotFoundError: there is no such file, or no file for the training split.
     """
 
@@ -50,7 +66,11 @@ class Arrays(FlowDataModule):
         value_range: tuple[float, float] | None = None,
         image_key: str = "images",
         label_key: str = "labels",
+        mask_key: str = "masks",
+        offsets_key: str = "offsets",
         classes: list[str] | None = None,
+        mask_classes: list[str] | None = None,
+        mask_ids: dict[str, int] | list[int] | str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -60,6 +80,13 @@ class Arrays(FlowDataModule):
             raise ValueError(f"value_range must be (lowest, highest) with lowest < highest, got {value_range}")
         self.root, self.layout, self.value_range = Path(root), layout, value_range
         self.image_key, self.label_key, self._classes = image_key, label_key, classes
+        self.mask_key, self.offsets_key, self.mask_classes, self.mask_ids = (
+            mask_key,
+            offsets_key,
+            mask_classes,
+            mask_ids,
+        )
+        self._reader(None if isinstance(mask_ids, str) else mask_ids)  # refuses wrong tables before anything is read
         self._largest = -1  # largest label of the training items, once they are read
 
     def read(self, split: str) -> Dataset | None:
@@ -68,15 +95,18 @@ class Arrays(FlowDataModule):
         if not files:
             return None
         parts = [self._load(path) for path in files]
-        labelled = [labels for _, labels in parts if labels is not None]
-        if 0 < len(labelled) < len(parts):
-            raise ValueError(f"label_key={self.label_key!r} is in some of the files of {split!r} only: {files}")
-        images = torch.cat([images for images, _ in parts])
-        self._check_channels(images, files[0])
-        labels = np.concatenate(labelled).tolist() if labelled else None
-        if split == "train" and labels:
-            self._largest = max(labels)
-        return TensorItems(images, labels)
+        images = self._joined([part.images for part in parts], files)
+        labels = self._everywhere([part.label for part in parts], "label_key", self.label_key, files)
+        masks = self._everywhere([part.mask for part in parts], "mask_key", self.mask_key, files)
+        listed = np.concatenate(labels).tolist() if labels else None
+        if split == "train" and listed:
+            self._largest = max(listed)
+        return TensorItems(images, listed, torch.cat(masks) if masks else None)
+
+    @property
+    def num_mask_classes(self) -> int | None:
+        """Number of mask classes, None where neither ``mask_classes`` nor a table in ``mask_ids`` says it."""
+        return self._reader(None if isinstance(self.mask_ids, str) else self.mask_ids).num_classes
 
     @property
     def classes(self) -> list[str] | None:
@@ -93,22 +123,50 @@ class Arrays(FlowDataModule):
             return [self.root] if split == "train" else []
         files = sorted(p for suffix in ("npz", "npy") for p in self.root.glob(f"{split}*.{suffix}"))
         if not files and split == "train":
-            expected = LAYOUT.format(root=self.root, images=self.image_key, labels=self.label_key)
+            keys = {"images": self.image_key, "labels": self.label_key, "masks": self.mask_key}
+            expected = LAYOUT.format(root=self.root, **keys)
             raise FileNotFoundError(f"root {self.root} has no training arrays; expected\n{expected}")
         return files
 
-    def _load(self, path: Path) -> tuple[Tensor, np.ndarray | None]:
-        """Images (N, C, H, W), uint8 or float32 in [-1, 1], and labels (N,) of one file."""
+    def _load(self, path: Path) -> Part:
+        """What one file holds, checked."""
         arrays = _open(path, self.image_key)
         if self.image_key not in arrays:
             raise ValueError(f"image_key={self.image_key!r} is not in {path}, which has {sorted(arrays)}")
-        images, labels = arrays[self.image_key], arrays.get(self.label_key)
+        images, labels = self._pictures(arrays, path), arrays.get(self.label_key)
         if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
             raise ValueError(
                 f"label_key={self.label_key!r} in {path} must be {len(images)} integers, "
                 f"got {labels.dtype} {labels.shape}"
             )
-        return self._images(images, path), None if labels is None else labels.astype(np.int64)
+        masks = self._masks(arrays, images, path) if self.mask_key in arrays else None
+        return Part(images, None if labels is None else labels.astype(np.int64), masks)
+
+    def _pictures(self, arrays: dict[str, np.ndarray], path: Path) -> Tensor | PackedPictures:
+        """The images of one file."""
+        stored = arrays[self.image_key]
+        if self.offsets_key not in arrays:
+            return self._images(stored, path)
+        return PackedPictures.split(stored, arrays[self.offsets_key], path, self.channels, self.background)
+
+    def _masks(self, arrays: dict[str, np.ndarray], images: Tensor | PackedPictures, path: Path) -> Tensor:
+        """Masks (N, H, W) of one file with their new ids."""
+        masks, sizes = arrays[self.mask_key], _sizes(images)
+        fit = masks.ndim == 3 and masks.dtype.kind in "iu" and len(masks) == len(sizes)
+        if not fit or (wrong := [i for i, size in enumerate(sizes) if size != masks.shape[1:]]):
+            got = f"got {masks.dtype} {masks.shape}" + (f", image {wrong[0]} is {sizes[wrong[0]]}" if fit else "")
+            raise ValueError(
+                f"mask_key={self.mask_key!r} in {path} must be {len(sizes)} masks as large as the images, {got}"
+            )
+        ids = self.mask_ids
+        if isinstance(ids, str):
+            if ids not in arrays:
+                raise ValueError(f"mask_ids={ids!r} is not in {path}, which has {sorted(arrays)}")
+            ids = arrays[ids].tolist()
+        return self._reader(ids).map(masks, f"mask_key={self.mask_key!r} in {path}")
+
+    def _reader(self, ids: Ids | None) -> MaskIds:
+        return MaskIds(ids, num_classes=None if self.mask_classes is None else len(self.mask_classes))
 
     def _images(self, images: np.ndarray, path: Path) -> Tensor:
         if images.ndim != len(self.layout):
@@ -134,9 +192,33 @@ class Arrays(FlowDataModule):
             raise ValueError(f"value_range={list(self.value_range)} does not hold the values {found} of {path}")
         return ((images - low) * (2 / (high - low)) - 1).clamp(-1, 1)
 
-    def _check_channels(self, images: Tensor, path: Path) -> None:
+    def _joined(self, parts: list[Any], files: list[Path]) -> Tensor | PackedPictures:
+        """The images of all files of a split."""
+        packed = [part for part in parts if isinstance(part, PackedPictures)]
+        if 0 < len(packed) < len(parts):
+            raise ValueError(f"offsets_key={self.offsets_key!r} is in some of the files only: {files}")
+        if packed:
+            encoded = [entry for part in packed for entry in part.encoded]
+            return PackedPictures(encoded, [n for part in packed for n in part.names], self.channels, self.background)
+        images = torch.cat(parts)
         if self.channels not in (None, images.shape[1]):
-            raise ValueError(f"channels={self.channels}, but the images of {path} have {images.shape[1]}")
+            raise ValueError(f"channels={self.channels}, but the images of {files[0]} have {images.shape[1]}")
+        return images
+
+    @staticmethod
+    def _everywhere(parts: list[Any], argument: str, key: str, files: list[Path]) -> list[Any]:
+        """What the files have of a field; an error where some have it and some not."""
+        found = [part for part in parts if part is not None]
+        if 0 < len(found) < len(parts):
+            raise ValueError(f"{argument}={key!r} is in some of the files only: {files}")
+        return found
+
+
+def _sizes(images: Tensor | PackedPictures) -> list[tuple[int, int]]:
+    """(height, width) of every image of a file."""
+    if isinstance(images, PackedPictures):
+        return [images.size(i) for i in range(len(images))]
+    return [(images.shape[-2], images.shape[-1])] * len(images)
 
 
 def _open(path: Path, image_key: str) -> dict[str, np.ndarray]:

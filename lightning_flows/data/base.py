@@ -37,7 +37,7 @@ class Batch(TypedDict, total=False):
         image: float32 in [-1, 1], (B, C, H, W).
         label: class index, int64, (B,).
         caption: one text for each item.
-        mask: class id of every pixel, int64, (B, H, W).
+        mask: class id of every pixel, 255 where it is unlabelled, int64, (B, H, W).
         aspect: width to height of each image's bucket, such as "16:9"; one for all of a batch.
         latent: encoded image, the mean of its posterior, float32, (B, c, h, w).
         latent_std: deviation of that posterior, float32, (B, c, h, w).

@@ -74,10 +74,18 @@ class PictureFolder(FlowDataModule):
         Raises:
             FileNotFoundError: there is no root.
         """
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"root {self.root} is not a folder; expected\n{self.expected()}")
+        self.require_root()
         found = {name: self._subfolder(name) for name in SPLITS}
         return found[split] if any(found.values()) else {"train": self.root}.get(split)
+
+    def require_root(self) -> None:
+        """Refuses a root that is not there.
+
+        Raises:
+            FileNotFoundError: there is no root; shows the layout.
+        """
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"root {self.root} is not a folder; expected\n{self.expected()}")
 
     def _subfolder(self, split: str) -> Path | None:
         names = ("val", "validation", "valid") if split == "val" else (split,)

@@ -28,6 +28,8 @@ FIELDS: dict[str, Fields] = {
     "classify": Fields(needs=("images",)),
     "score": Fields(needs=("images",), takes=("labels", "prompts")),
     "inpaint": Fields(needs=("images", "masks"), takes=("labels", "prompts")),
+    "segment": Fields(needs=("images",)),
+    "edit": Fields(needs=("images", "masks")),
     "interpolate": Fields(takes=("images", "labels", "prompts")),
 }
 

@@ -11,22 +11,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_flows.data.base import FlowDataModule
+from lightning_flows.data.packed import PackedPictures
 
 
 class TensorItems(Dataset):
-    """Images (N, C, H, W) uint8 (or float32 in [-1, 1]) and their labels (N,), if there are any."""
+    """Images and, if there are any, their labels and masks.
 
-    def __init__(self, images: Tensor, labels: list[int] | None = None) -> None:
-        self.images, self.labels = images, labels
+    Args:
+        images: (N, C, H, W) uint8 (or float32 in [-1, 1]), or packed pictures.
+        labels: (N,).
+        masks: integers (N, H, W).
+    """
+
+    def __init__(
+        self, images: Tensor | PackedPictures, labels: list[int] | None = None, masks: Tensor | None = None
+    ) -> None:
+        self.images, self.labels, self.masks = images, labels, masks
 
     def __len__(self) -> int:
         """Number of images N."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """``image`` (C, H, W) and ``label``."""
-        item = {"image": self.images[index]}
-        return item if self.labels is None else item | {"label": self.labels[index]}
+        """``image`` (C, H, W), ``label`` and ``mask`` (H, W)."""
+        fields = {"image": self.images, "label": self.labels, "mask": self.masks}
+        return {name: values[index] for name, values in fields.items() if values is not None}
 
 
 class _TorchvisionSet(FlowDataModule):

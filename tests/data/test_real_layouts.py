@@ -70,3 +70,50 @@ def test_packed_arrays_load_as_they_are():
     assert batch["image"].shape == (8, 1, 28, 28)
     assert data.num_classes == 10
     assert [len(data.dataset(split)) for split in ("train", "test")] == [60000, 10000]
+
+
+CELLS = {
+    "classes": ["neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil"],
+    "mask_classes": ["background", "cytoplasm", "nucleus"],
+}
+STREETS = {"image_key": "jpeg", "mask_ids": [*range(11), 255], "mask_classes": [str(i) for i in range(11)]}
+PEOPLE = {"image_key": "jpeg", "mask_ids": "group_of_label", "mask_classes": [str(i) for i in range(16)]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "counts", "unlabelled"),
+    [
+        ("wbc96", CELLS, (96, 96), [320, 30], False),
+        ("camvid128", STREETS, (96, 128), [367, 101], True),
+        ("ccp_parsing", PEOPLE, (192, 128), [804, 80], False),
+    ],
+)
+def test_packed_masks_load_as_they_are(name, options, shape, counts, unlabelled):
+    data = Arrays(str(Path(SOURCE) / name), test_split="val", batch_size=16, **options)
+    batch = first(data)
+    assert batch["image"].shape == (16, 3, *shape)
+    assert batch["mask"].shape == (16, *shape)
+    assert ("label" in batch) == (name == "wbc96")
+    assert [len(data.dataset(split)) for split in ("train", "val")] == counts
+    ids = set(batch["mask"].unique().tolist())
+    assert (255 in ids) == unlabelled
+    assert ids - {255} <= set(range(data.num_mask_classes))
+    assert len(ids) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "unpacked_options"),
+    [
+        ("camvid128", STREETS, {"ids": [*range(11), 255]}),
+        ("ccp_parsing", PEOPLE, {"classes_key": "groups16", "remap_key": "group_of_label"}),
+    ],
+)
+def test_packed_and_unpacked_masks_are_the_same(tmp_path, name, packed, unpacked_options):
+    options = {"size": 48, "resize": 56, "crop": "random"}
+    a = Arrays(str(Path(SOURCE) / name), **packed, **options)
+    b = MaskFolder(unpacked(name, tmp_path, 3), **unpacked_options, **options)
+    for split in ("val", "train"):
+        for i in range(3):
+            one, other = a.dataset(split)[i], b.dataset(split)[i]
+            assert torch.equal(one["mask"], other["mask"])
+            assert torch.equal(one["image"], other["image"])
