@@ -18,12 +18,11 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_flows.callbacks import results
+from lightning_flows.callbacks import density, results
 from lightning_flows.callbacks.places import Places
 from lightning_flows.callbacks.results import Json
-from lightning_flows.callbacks.scores import Scores, consumed_by, sees_items
+from lightning_flows.callbacks.scores import Scores, sees_items
 from lightning_flows.callbacks.throughput import batch_size
-from lightning_flows.flow import Hutchinson, SampleNoise, dequantize, key
 
 
 class Evaluation(Callback):
@@ -33,8 +32,9 @@ class Evaluation(Callback):
     and `seconds` (of the batch). A metric has `update(x, real=bool)`; its optional attributes are `name` (of the
     value), `extractor` and `settings()` (written beside it), `prepare()` (called before anything is sampled),
     `needs_real` (False where a saved `reference` stands for the real items), `caution(real, samples)` (a sentence
-    when the counts are too small: it is warned about and written), `needed` (see ``minimum``) and `consumes` (names
-    of outputs that its update takes instead, such as `("losses", "t")` for the losses of `validation_step`).
+    when the counts are too small: it is warned about and written), `needed` (see ``minimum``), `logged` (keys of a dict
+    value that are logged, where not all are) and `consumes` (names of outputs that its update takes instead, such as
+    `("losses", "t")` for the losses of `validation_step`); a look takes from `test_step` what those lack.
 
     `metrics.json` has one block per stage, `{"test": {"values": {name: entry}}, "logged", "versions"}`; an
     entry holds `value` (a number, a dict or list of them, or null when it could not be computed), the counts
@@ -50,6 +50,10 @@ class Evaluation(Callback):
         metrics: None for none: then calls and seconds are still written.
         samples: number of samples scored, of all processes together; None is one for each item. More than there are
             items are drawn in further rounds over their conditions, with other seeds. Real items count once.
+        per_item: number of samples drawn for each item, in place of ``samples``. The values from one for each item
+            keep their names, those from all of them are called ``fid[per_item=17]``, and `samples_per_item` says it:
+            distances of small sets are too large, so the two do not compare. Metrics that consume outputs see the
+            first sample of an item.
         minimum: items of each set below which a distance is refused (its value is null, with the reason): a
             number, or ``"needed"``, what each metric says it needs: one more than features for a Frechet distance.
             None computes it all the same and writes the caution.
@@ -68,6 +72,7 @@ class Evaluation(Callback):
         metrics: list[Metric] | None = None,
         *,
         samples: int | None = None,
+        per_item: int | None = None,
         minimum: int | Literal["needed"] | None = None,
         on: Literal["test", "validation"] = "test",
         every_n_epochs: int = 1,
@@ -77,13 +82,17 @@ class Evaluation(Callback):
             raise ValueError(f"Evaluation: probes must not be negative, got {probes}.")
         if isinstance(minimum, str) and minimum != "needed":
             raise ValueError(f"Evaluation: minimum must be a number, 'needed' or None, got {minimum!r}.")
-        for name, value in (("samples", samples), ("minimum", minimum), ("every_n_epochs", every_n_epochs)):
+        counts = {"samples": samples, "per_item": per_item, "minimum": minimum, "every_n_epochs": every_n_epochs}
+        for name, value in counts.items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"Evaluation: {name} must be at least 1, got {value}.")
+        if samples is not None and per_item is not None:
+            raise ValueError(f"Evaluation: samples must be None beside per_item={per_item}, got {samples}.")
         if on not in ("test", "validation"):
             raise ValueError(f"Evaluation: on must be 'test' or 'validation', got {on!r}.")
         self.scores = Scores(metrics or [], samples, minimum)
-        self.samples, self.probes, self.on, self.every_n_epochs = samples, probes, on, every_n_epochs
+        self.samples, self.per_item, self.probes = samples, per_item, probes
+        self.on, self.every_n_epochs = on, every_n_epochs
         self.prefix = "test" if on == "test" else "val"
         self._entries: dict[str, Json] = {}
 
@@ -172,12 +181,13 @@ class Evaluation(Callback):
         self._decoded |= isinstance(batch, Mapping) and "latent" in batch and "image" not in batch
         places, fresh = self._places.take(batch_size(batch), self._loaders(trainer)[which], which)
         outputs = dict(outputs) if isinstance(outputs, dict) else {}
-        if self.on == "validation" and "sample" not in outputs and self.scores.distances:
-            if not self.scores.complete(self._places.first(places)):
+        if self.on == "validation" and "sample" not in outputs and self.scores.draws(outputs):
+            if self.scores.lacking(outputs) or not self.scores.complete(self._places.first(places)):
                 outputs |= self._draw(trainer, pl_module, batch, batch_idx)
             elif hasattr(pl_module, "data_of"):
                 outputs["real"] = pl_module.data_of(batch)
-        self.scores.add_real(self._with_log_prob(pl_module, outputs, batch), fresh)
+        outputs = density.with_log_prob(self.metrics.values(), pl_module, outputs, batch, self.probes)
+        self.scores.add_real(outputs, fresh)
         if outputs.get("sample") is not None:
             self.scores.add_samples(outputs, places, fresh)
 
@@ -190,31 +200,12 @@ class Evaluation(Callback):
         with trainer.precision_plugin.forward_context():
             return pl_module.test_step(batch, batch_idx)
 
-    def _with_log_prob(self, pl_module: L.LightningModule, outputs: Json, batch: Any) -> Json:
-        """The outputs with ``log_prob`` (B,) of the real items and their ``dims``, where a metric asks for them."""
-        asking = [metric for metric in self.metrics.values() if "log_prob" in (consumed_by(metric) or ())]
-        if not asking or "log_prob" in outputs:
-            return outputs
-        x = outputs["real"] if outputs.get("real") is not None else pl_module.data_of(batch)
-        noise = SampleNoise([key("evaluation", int(i)) for i in outputs.get("index", range(len(x)))])
-        levels = getattr(asking[0], "levels", None)
-        if levels is not None:  # grey levels; without them the density of the data as they are
-            x = dequantize(x, levels, noise)
-        # a normalizing flow has no divergence to estimate
-        estimated = self.probes and not getattr(pl_module, "exact_log_prob", False)
-        options = {"divergence": Hutchinson(self.probes)} if estimated else {}
-        log_prob = pl_module.log_prob(x, pl_module.condition_of(batch), **options)
-        return {**outputs, "log_prob": log_prob, "dims": pl_module.density_dims(x)}
-
     @torch.no_grad()
-    def _further_rounds(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw what is asked for beyond one sample for each item, under the conditions of the items again."""
-        size = int(trainer.strategy.reduce(self._places.fresh(pl_module.device), reduce_op="sum"))
-        if not self.samples or not size or not self.scores.distances:
+    def _further_rounds(self, trainer: L.Trainer, pl_module: L.LightningModule, size: int, wanted: int) -> None:
+        """Draw what is wanted beyond one sample for each of ``size`` items, under their conditions again."""
+        if not size or not self.scores.distances:
             return
-        for start in itertools.count(size, size):
-            if start >= self.samples:
-                return
+        for start in range(size, wanted, size):
             self._places.restart()
             for which, loader in enumerate(self._loaders(trainer)):
                 for batch_idx, batch in enumerate(itertools.islice(loader, self._batches.get(which, 0))):
@@ -226,27 +217,48 @@ class Evaluation(Callback):
                     self.scores.add_samples(outputs, places + start, fresh)
 
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._further_rounds(trainer, pl_module)
-        totals = trainer.strategy.reduce(self.scores.totals.to(pl_module.device), reduce_op="sum").tolist()
+        size = int(trainer.strategy.reduce(self._places.fresh(pl_module.device), reduce_op="sum"))
+        again = (self.per_item or 1) > 1
+        if again:
+            self._score(trainer, pl_module, self.metrics, size)
+        self._further_rounds(trainer, pl_module, size, size * self.per_item if self.per_item else self.samples or 0)
+        suffix = f"[per_item={self.per_item}]" if again else ""
+        setting = self._score(trainer, pl_module, self.scores.distances if again else self.metrics, size, suffix)
+        for name in ("nfe", "seconds_per_sample"):
+            if name in setting:
+                pl_module.log(f"{self.prefix}/{name}", float(setting[name]))
+
+    def _score(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        metrics: Mapping[str, Metric],
+        size: int,
+        suffix: str = "",
+    ) -> Json:
+        """Compute and log metrics from what was seen of ``size`` items until now; gives what samples are drawn with."""
+        totals = self.scores.totals.clone().to(pl_module.device)  # they are summed in place, and perhaps once more
+        totals = trainer.strategy.reduce(totals, reduce_op="sum").tolist()
         self._refuse_idle(trainer)
         nfe = _most(trainer, self.scores.nfe)
         real, scored, drawn, seconds = int(totals[0]), int(totals[1]), int(totals[2]), totals[3]
         setting = results.setting(trainer, pl_module)
-        if drawn:
-            setting |= {"nfe": nfe, "seconds_per_sample": seconds / drawn}
-            pl_module.log(f"{self.prefix}/nfe", float(nfe))
-            pl_module.log(f"{self.prefix}/seconds_per_sample", seconds / drawn)
-        for name, metric in self.metrics.items():
+        setting |= {"nfe": nfe, "seconds_per_sample": seconds / drawn} if drawn else {}
+        for name, metric in metrics.items():
             needed = _most(trainer, self.scores.needed(name))
-            entry = self.scores.entry(name, real, scored, needed) | self._divergence(metric, real, pl_module)
+            entry = self.scores.entry(name, real, scored, needed)
+            entry |= density.description(metric, real, pl_module, self.probes)
+            if "samples" in entry and (self.per_item or scored > size):
+                entry["samples_per_item"] = _ratio(scored, size)
             caution = {"caution": entry.pop("caution")} if "caution" in entry else {}
             if self._decoded and "real" in entry and sees_items(metric):
                 entry["real_items"] = "decoded from cached latents"
-            self._entries[name] = entry | setting | caution
-            for label, number in results.scalars(f"{self.prefix}/{name}", entry["value"]):
+            self._entries[name + suffix] = entry | setting | caution
+            for label, number in results.scalars(f"{self.prefix}/{name}{suffix}", self.scores.logged(name, entry)):
                 pl_module.log(label, number)
         if not self.metrics and drawn:
             self._entries["sampling"] = {"value": None, "real": real, "samples": drawn, **setting}
+        return setting
 
     def _refuse_idle(self, trainer: L.Trainer) -> None:
         """Stop on all processes where one has nothing to add: they would wait for its features for ever."""
@@ -257,14 +269,6 @@ class Evaluation(Callback):
                 f"Evaluation: one of {trainer.world_size} processes has no item or no sample: use fewer devices, or "
                 "more items or samples."
             )
-
-    def _divergence(self, metric: Metric, real: int, pl_module: L.LightningModule) -> Json:
-        """How a likelihood was computed."""
-        if "log_prob" not in (consumed_by(metric) or ()):
-            return {}
-        estimated = self.probes and not getattr(pl_module, "exact_log_prob", False)
-        divergence = f"Hutchinson(probes={self.probes})" if estimated else "Exact()"
-        return {"real": real, "divergence": divergence, "levels": getattr(metric, "levels", None)}
 
     def _write(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
@@ -284,6 +288,11 @@ class Evaluation(Callback):
 def _renumbered(batch: Any, places: torch.Tensor) -> Any:
     """The batch with other numbers, from which the seeds of its samples are made."""
     return {**batch, "index": places} if isinstance(batch, Mapping) else batch
+
+
+def _ratio(samples: int, items: int) -> float:
+    """Samples for each item; a whole number where it is one."""
+    return samples // max(items, 1) if samples % max(items, 1) == 0 else samples / items
 
 
 def _most(trainer: L.Trainer, number: int) -> int:

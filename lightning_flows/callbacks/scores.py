@@ -50,6 +50,20 @@ class Scores:
         """Whether a place and all after it are beyond the samples asked for."""
         return self.samples is not None and place >= self.samples
 
+    def lacking(self, outputs: Json) -> list[str]:
+        """Outputs that metrics consume and that are not there, but for the density, which `Evaluation` computes."""
+        wanted = {name for metric in self.metrics.values() for name in consumed_by(metric) or ()}
+        return sorted(name for name in wanted - {"log_prob", "dims"} if outputs.get(name) is None)
+
+    def draws(self, outputs: Json) -> bool:
+        """Whether a look needs more than a step of the validation gave: samples, or what a metric consumes."""
+        return bool(self.distances or self.lacking(outputs))
+
+    def logged(self, name: str, entry: Json) -> Any:
+        """The part of a plain value that is logged."""
+        keys, value = getattr(self.metrics[name], "logged", None), entry["value"]
+        return {key: value[key] for key in keys} if keys is not None and isinstance(value, dict) else value
+
     def add_real(self, outputs: Json, fresh: Tensor) -> None:
         """Hand the real items to the distances, and what they consume to the other metrics.
 
@@ -83,8 +97,11 @@ class Scores:
             return  # latents whose data are not there have no such density; the result says that it was never given
         missing = [key for key in wanted or ("real",) if outputs.get(key) is None]
         if missing:
-            hint = "" if wanted else "; a saved reference can stand for real items (lightning-flows statistics)"
-            raise ValueError(f"Evaluation: {name} needs {missing}, the step gave {sorted(outputs)}{hint}.")
+            given = sorted(key for key, value in outputs.items() if value is not None)
+            hint = "a saved reference can stand for real items (lightning-flows statistics)"
+            if wanted:
+                hint = f"data and module have no {' or '.join(missing)}: take the metric away, or give what it reads"
+            raise ValueError(f"Evaluation: {name} needs {missing}, the step gave {given}; {hint}.")
 
     def add_samples(self, outputs: Json, places: Tensor, fresh: Tensor) -> None:
         """Hand samples to the distances, as many as are asked for.
@@ -116,7 +133,7 @@ class Scores:
         real = real if reference is None else reference.count
         value, caution = self._value(name, metric, real, samples, needed)
         consumed = consumed_by(metric)
-        counts = {"real": real} if consumed is None or "real" in consumed else {}
+        counts = {"real": real} if consumed is None or {"real", "mask", "label"} & {*consumed} else {}
         counts |= {"samples": samples} if consumed is None else {}
         settings = getattr(metric, "settings", dict)()
         entry = {"value": plain(value), **counts, "extractor": getattr(metric, "extractor", None), **settings}
