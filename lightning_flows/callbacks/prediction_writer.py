@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_flows.callbacks.pictures import contact_sheet, to_image, write_png
+from lightning_flows.codecs import LabelMap
 from lightning_flows.store.weights import whole_file
 
 TABLE = "predictions"  # name of the file of all dictionaries
@@ -54,6 +55,16 @@ def _(sample: dict, stem: Path) -> Path:
     except (TypeError, ValueError) as error:
         raise ValueError(f"sample {stem.name!r} must be of JSON values and finite numbers: {error}.") from None
     return _write_text(text, stem.parent / f"{stem.name}.json")
+
+
+@write_sample.register
+def _(sample: LabelMap, stem: Path) -> Path:
+    ids = sample.labels
+    if ids.ndim != 2 or ids.is_floating_point() or not bool(((ids >= 0) & (ids < 256)).all()):
+        raise ValueError(f"mask {stem.name!r} must hold ids (H, W) of 0..255, got {ids.dtype} of {tuple(ids.shape)}.")
+    image = Image.fromarray(ids.to(torch.uint8).cpu().numpy(), mode="P")
+    image.putpalette([level for colour in sample.colours for level in colour])
+    return write_png(image, stem.parent / f"{stem.name}.png")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -172,4 +183,4 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return image.copy()
+        return image.convert("RGB") if image.mode == "P" else image.copy()

@@ -81,13 +81,18 @@ def convert(
     text_encoder: str | None = None,
     class_token: bool | None = None,
     noise_std: float | None = None,
+    semantic: str | None = None,
+    num_classes: int | None = None,
+    beta: float | None = None,
+    context: str | None = None,
+    autoencoder: str | None = None,
     network: dict[str, Any] | None = None,
 ) -> str:
     """Turn an official checkpoint into a folder that from_pretrained reads.
 
     Args:
         format: lfm-dit, lfm-adm, lfm-edm, sit, dit, guided-diffusion, guided-diffusion-cosine, tarflow, starflow,
-            diffusers-vae, or to-diffusers-vae for an autoencoder of ours.
+            symmflow, diffusers-unet, diffusers-vae, or to-diffusers-vae for an autoencoder of ours.
         file: the downloaded .pth, .pt or .safetensors, or a folder of torch.distributed.checkpoint; for autoencoders a
             folder.
         out: folder to write.
@@ -104,6 +109,12 @@ def convert(
         text_encoder: of starflow, repository or folder of the text model, where it is not the published one.
         class_token: of starflow, true where the text is one token, a class.
         noise_std: of tarflow and starflow, deviation of the noise on the training data; 0 for uniform noise.
+        semantic: of symmflow, celebamask-hq, coco-stuff or class.
+        num_classes: of symmflow, classes of the plane of class.
+        beta: of symmflow, width of the dequantisation; that of the recipe by default.
+        context: of symmflow from Stable Diffusion and of diffusers-unet, embedding of the empty prompt: a file with it,
+            or the folder or org/name of a pipeline with text_encoder and tokenizer.
+        autoencoder: of symmflow on latents, repository or folder of the image autoencoder.
         network: of starflow, further arguments of the network, such as --network.reverse_first false.
     """
     from lightning_flows.hub.convert import convert as run
@@ -122,6 +133,11 @@ def convert(
         "text_encoder": text_encoder,
         "class_token": class_token,
         "noise_std": noise_std,
+        "semantic": semantic,
+        "num_classes": num_classes,
+        "beta": beta,
+        "context": context,
+        "autoencoder": autoencoder,
         "network": network,
     }
     folder = run(format, file, out, **{name: value for name, value in given.items() if value is not None})

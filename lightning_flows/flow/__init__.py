@@ -52,6 +52,7 @@ from lightning_flows.flow.solvers import (
     StochasticHeun,
 )
 from lightning_flows.flow.sources import Gaussian, Source
+from lightning_flows.flow.symmetric import SymmetricMatching
 from lightning_flows.flow.times import (
     CosMap,
     LogitNormal,
@@ -120,6 +121,7 @@ __all__ = [
     "StepNoise",
     "StochasticHeun",
     "Stratified",
+    "SymmetricMatching",
     "TimeSampler",
     "Tokens",
     "Trigonometric",

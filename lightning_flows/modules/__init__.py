@@ -13,6 +13,8 @@ from lightning_flows.modules.perceptual import Perceptual, TimmFeatures
 from lightning_flows.modules.pretrained import from_pretrained, init_from
 from lightning_flows.modules.publishable import Publishable
 from lightning_flows.modules.schedules import WarmupConstant, WarmupCosine
+from lightning_flows.modules.semantic_tasks import Reading
+from lightning_flows.modules.symmflow import SymmFlow
 
 __all__ = [
     "Adversary",
@@ -26,7 +28,9 @@ __all__ = [
     "NormalizingFlow",
     "Perceptual",
     "Publishable",
+    "Reading",
     "Reconstruction",
+    "SymmFlow",
     "TimmFeatures",
     "WarmupConstant",
     "WarmupCosine",

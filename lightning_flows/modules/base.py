@@ -74,6 +74,11 @@ class GenerativeModule(Publishable):
         super().setup(stage)
         check_tokens(self.trainer.datamodule, self.text)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams of a condition that the model reads."""
+        return tuple(getattr(self.network, "streams", ()))
+
     # ------------------------------------------------------------------ training
 
     @abstractmethod
@@ -197,7 +202,7 @@ class GenerativeModule(Publishable):
             ValueError: another task than this family's, images for samples that read none, or a condition that the
                 network does not read.
         """
-        task, streams = batch.get("task") or "sample", getattr(self.network, "streams", ())
+        task, streams = batch.get("task") or "sample", self.streams
         if task not in self.tasks:
             raise ValueError(f"the requests ask for the task {task!r}, but {type(self).__name__} has {self.tasks}")
         for name, stream in REQUESTED.items():
@@ -238,10 +243,9 @@ class GenerativeModule(Publishable):
         Raises:
             ValueError: captions for a network that reads tokens, but no text encoder.
         """
-        streams = getattr(self.network, "streams", ())
         given = {
-            "label": batch.get("label") if "label" in streams else None,
-            "tokens": self._tokens_of(batch) if "tokens" in streams else None,
+            "label": batch.get("label") if "label" in self.streams else None,
+            "tokens": self._tokens_of(batch) if "tokens" in self.streams else None,
         }
         return None if all(value is None for value in given.values()) else Condition(**given)
 

@@ -46,9 +46,11 @@ from lightning_flows.networks.resizing import (
 )
 from lightning_flows.networks.reversed_time import ReversedTime
 from lightning_flows.networks.spatial import SemanticRescaler
+from lightning_flows.networks.stable_diffusion_unet import StableDiffusionUNet
 from lightning_flows.networks.starflow import STARFlow
 from lightning_flows.networks.tarflow import TARFlow
 from lightning_flows.networks.unet_blocks import UNetBlock
+from lightning_flows.networks.widening import widen
 
 __all__ = [
     "DIT_SIZES",
@@ -77,6 +79,7 @@ __all__ = [
     "STARFlow",
     "SemanticRescaler",
     "Sequential",
+    "StableDiffusionUNet",
     "TARFlow",
     "TimestepEmbedder",
     "UNetBlock",
@@ -108,4 +111,5 @@ __all__ = [
     "shard_blocks",
     "sinusoid",
     "use_adapters",
+    "widen",
 ]

@@ -45,6 +45,23 @@ def test_a_rise_may_begin_anywhere():
     assert rates(WarmupCosine, 9, **plain)[1:] == rates(WarmupCosine, 9, **other)[1:]
 
 
+def test_a_rise_may_be_a_cosine_and_then_is_one_cycle():
+    seen = rates(WarmupCosine, 12, total_steps=11, warmup_steps=3, start=0.1, final=0.2, rise="cosine")
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    options = {"max_lr": 2.0, "total_steps": 12, "pct_start": 4 / 12, "div_factor": 10, "final_div_factor": 0.5}
+    cycle = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD(parameters, lr=2.0), **options, cycle_momentum=False)
+    expected = []
+    for k in range(12):
+        expected.append(cycle.get_last_lr()[0])
+        cycle.optimizer.step()
+        if k < 11:
+            cycle.step()
+    assert seen == pytest.approx(expected)
+    assert rates(WarmupCosine, 2, total_steps=9, warmup_steps=4, rise="cosine") == pytest.approx(
+        [2.0 * (1 - math.cos(math.pi * k / 4)) / 2 for k in (1, 2)]
+    )
+
+
 def test_a_schedule_goes_on_where_its_state_was_taken():
     whole = rates(WarmupCosine, 10, total_steps=10, warmup_steps=3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
@@ -71,6 +88,7 @@ def test_a_schedule_goes_on_where_its_state_was_taken():
         (WarmupCosine, {"total_steps": 5, "warmup_steps": -1}, "warmup_steps .* got -1"),
         (WarmupCosine, {"total_steps": 5, "final": 1.5}, r"final must lie in \[0, 1\], got 1.5"),
         (WarmupCosine, {"total_steps": 5, "start": -0.1}, r"start must lie in \[0, 1\], got -0.1"),
+        (WarmupCosine, {"total_steps": 5, "rise": "square"}, "rise must be 'linear' or 'cosine', got 'square'"),
         (WarmupCosine, {"total_steps": 5, "first": 2.0}, r"first must lie in \[0, 1\], got 2.0"),
     ],
 )

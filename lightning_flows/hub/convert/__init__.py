@@ -11,7 +11,19 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_flows.hub.convert import dit, guided_diffusion, lfm_adm, lfm_dit, lfm_edm, sit, starflow, tarflow, vae
+from lightning_flows.hub.convert import (
+    diffusers_unet,
+    dit,
+    guided_diffusion,
+    lfm_adm,
+    lfm_dit,
+    lfm_edm,
+    sit,
+    starflow,
+    symmflow,
+    tarflow,
+    vae,
+)
 from lightning_flows.hub.convert.common import Format, card, read_state
 from lightning_flows.hub.licences import licence_files
 
@@ -27,6 +39,8 @@ FORMATS: dict[str, Format] = {
         guided_diffusion.COSINE,
         tarflow.FORMAT,
         starflow.FORMAT,
+        symmflow.FORMAT,
+        diffusers_unet.FORMAT,
         vae.FORMAT,
         vae.BACK,
     )
@@ -51,16 +65,21 @@ def convert(
     text_encoder: str | None = None,
     class_token: bool | None = None,
     noise_std: float | None = None,
+    semantic: str | None = None,
+    num_classes: int | None = None,
+    beta: float | None = None,
+    context: str | Path | None = None,
+    autoencoder: str | None = None,
     network: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert an official checkpoint into a folder for `from_pretrained`.
 
     Args:
         format: ``lfm-dit``, ``lfm-adm``, ``lfm-edm``, ``sit``, ``dit``, ``guided-diffusion``,
-            ``guided-diffusion-cosine``, ``tarflow``, ``starflow``, ``diffusers-vae`` or ``to-diffusers-vae`` (see
-            `vae`).
+            ``guided-diffusion-cosine``, ``tarflow``, ``starflow``, ``symmflow``, ``diffusers-unet``, ``diffusers-vae``
+            or ``to-diffusers-vae`` (see `vae`).
         file: the checkpoint, ``.pt``, ``.pth`` or ``.safetensors``, or the folder that ``torch.distributed.checkpoint``
-            wrote; for autoencoders a folder.
+            wrote; for autoencoders and ``diffusers-unet`` a folder.
         out: folder for ``config.json``, ``model.safetensors`` and ``README.md``; written whole or not at all. Of
             ``starflow`` also for the licence files beside the original, without which it cannot be passed on.
         weights: the averaged or the raw weights, where the file holds both; the averaged ones by default.
@@ -78,6 +97,12 @@ def convert(
         class_token: of ``starflow``: the text is one token, a class.
         noise_std: of ``tarflow`` and ``starflow``: deviation of the noise on the training data, which is taken out of
             samples; that of the published model with such data by default.
+        semantic: of ``symmflow``: ``celebamask-hq``, ``coco-stuff`` or ``class``.
+        num_classes: of ``symmflow``: classes of the plane of ``class``.
+        beta: of ``symmflow``: width of the dequantisation; that of the recipe by default.
+        context: of ``symmflow`` from Stable Diffusion and of ``diffusers-unet``: the embedding of the empty prompt, see
+            `stable_diffusion.empty_prompt`.
+        autoencoder: of ``symmflow`` on latents: repository or folder of the image autoencoder.
         network: of ``starflow``: further arguments of the network, such as ``{"reverse_first": False}``; see
             `starflow.load_network`.
 
@@ -102,6 +127,11 @@ def convert(
         "text_encoder": text_encoder,
         "class_token": class_token,
         "noise_std": noise_std,
+        "semantic": semantic,
+        "num_classes": num_classes,
+        "beta": beta,
+        "context": context,
+        "autoencoder": autoencoder,
     }
     options = {name: value for name, value in options.items() if value is not None}
     try:

@@ -100,7 +100,7 @@ def read_state(file: str | Path, weights: Weights | None = None) -> dict[str, Te
             value that is no floating-point tensor; a prefix that only some keys have.
     """
     path = Path(file)
-    content = _content(path)
+    content = content_of(path)
     state = _unwrap(content, weights, path)
     return {name: _tensor(value, name, path) for name, value in _strip(state, path).items()}
 
@@ -169,7 +169,12 @@ images = model.sample(n=4, seed=0)  # conditional weights: lf.Condition(label=..
 """
 
 
-def _content(path: Path) -> Any:
+def content_of(path: Path) -> Any:
+    """What a checkpoint file or folder holds; tensors and plain values only.
+
+    Raises:
+        ValueError: a file that is missing, truncated or of another kind.
+    """
     if path.is_dir():
         return read_distributed(path)
     return load_tensors(path) if path.suffix == ".safetensors" else _unpickle(path)
