@@ -1,4 +1,4 @@
-"""TARFlow in the published way, written from its description: what `flow_sampling` and `flow_step` measure ours against.
+"""TARFlow in the published way, from its description: what `flow_sampling` and `flow_step` measure ours against.
 
 That the published loop keeps a list for each layer and concatenates all of it at every token (``kept="list"``) is from
 memory: our description of it only says that the cache is concatenated. Read both figures.

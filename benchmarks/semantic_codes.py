@@ -1,7 +1,7 @@
 """The semantic codes of SymmFlow side by side on procedural shapes: the same network, steps, data and seed.
 
-``onehot`` is the default, ``published`` the colours and the scalar plane of the paper. For the colours the six corners of
-the RGB cube are taken that are farthest apart, and for the scalar plane the published width: both at their best.
+``onehot`` is the default, ``published`` the colours and the scalar plane of the paper. The colours are six corners of
+the RGB cube, as far apart as colours can be, the scalar plane has the published width.
 
     python -m benchmarks.semantic_codes --steps 1500 --json FILE     # what FILE holds already is kept
 """

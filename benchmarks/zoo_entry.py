@@ -24,7 +24,9 @@ from lightning import LightningDataModule
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from benchmarks import zoo_semantics
 from benchmarks.zoo_flows import is_flow, noisy
+from benchmarks.zoo_semantics import is_semantic
 from lightning_flows import Condition, from_pretrained
 from lightning_flows.callbacks.pictures import contact_sheet, to_image, write_png
 from lightning_flows.cli.runs import newest_last
@@ -36,7 +38,7 @@ from lightning_flows.networks import Sequential
 from lightning_flows.store import build, read_config, save_tensors
 
 OUTPUTS = "outputs.safetensors"
-INPUTS = ("x", "t", "label")
+INPUTS = ("x", "t", "label", "mask")
 STEPS, SEED = 4, 7
 GUIDED = 2.0  # scale of the guided samples of a normalizing flow without a guidance of its own
 ROWS = 8  # of the picture
@@ -64,6 +66,8 @@ def inputs_of(model: Any, classes: int | None, images: Tensor | None) -> dict[st
     if not draws(model):
         assert images is not None
         return {"x": images}
+    if is_semantic(model):
+        return zoo_semantics.inputs_of(model)
     count = classes or 10
     labels = {"label": torch.arange(count)} if classes else {}
     if is_flow(model):
@@ -78,6 +82,8 @@ def outputs_of(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a reloaded entry must repeat."""
     if not draws(model):
         return _coded(model, inputs)
+    if is_semantic(model):
+        return zoo_semantics.outputs_of(model, inputs)
     return _flowed(model, inputs) if is_flow(model) else _moved(model, inputs)
 
 
@@ -153,6 +159,14 @@ def real_images(recipe: Path, count: int) -> Tensor:
     return torch.stack([items[i]["image"] for i in range(min(count, len(items)))])
 
 
+def semantic_picture(recipe: Path, model: Any, photos: bool, count: int = 20) -> list[Tensor]:
+    """See `zoo_semantics.picture`; of the first test items."""
+    if "mask" not in model.semantic.keys:
+        return zoo_semantics.picture(model, None)
+    _, items = zoo_semantics.items_of(recipe, count)
+    return zoo_semantics.picture(model, items if photos else {k: v for k, v in items.items() if k != "image"})
+
+
 def merged(run: Path, out: Path) -> dict[str, Any]:
     """The judged figures of the entry, then those of the run's test: the first one stands in the table of the zoo."""
     files = (out / "metrics.json", run / "metrics.json")
@@ -171,6 +185,7 @@ def main() -> None:
     parser.add_argument("--summary", required=True)
     parser.add_argument("--command", help="shell command that gives the figures again")
     parser.add_argument("--classes", type=int, default=10, help="of a conditional model; 0: it takes no label")
+    parser.add_argument("--photos", action="store_true", help="images of the data may stand in the picture")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the file")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -183,7 +198,12 @@ def main() -> None:
     inputs = inputs_of(model, classes, None if images is None else images[:10])
     save_tensors(args.out / OUTPUTS, {**inputs, **outputs_of(model, inputs)})
     columns = classes or 10 if draws(model) else 10
-    pictures = [to_image(x) for x in picture(model, classes, images)]
+    made = (
+        semantic_picture(args.run / RUN_CONFIG, model, args.photos)
+        if is_semantic(model)
+        else picture(model, classes, images)
+    )
+    pictures = [to_image(x) for x in made]
     write_png(contact_sheet(pictures, columns), args.out / "samples.png")
     write_card(
         args.out,

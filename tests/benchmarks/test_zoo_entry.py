@@ -84,12 +84,12 @@ def test_judged_figures_come_before_those_of_the_run(tmp_path):
     assert zoo_entry.merged(run, out) == {}
 
 
-def run_of(model, folder):
+def run_of(model, folder, recipe=RECIPE):
     """Folder of a run of a model."""
     (folder / "checkpoints").mkdir(parents=True)
     content = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     torch.save(content, folder / "checkpoints" / "last.ckpt")
-    (folder / "config.yaml").write_text(RECIPE)
+    (folder / "config.yaml").write_text(recipe)
     return folder
 
 
@@ -113,7 +113,7 @@ def test_an_entry_stored_in_16_bits_repeats_its_outputs(run, tmp_path, monkeypat
         torch.set_num_threads(threads)
         model, stored = from_pretrained(out), load_tensors(out / zoo_entry.OUTPUTS)
         assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
-        found = zoo_entry.outputs_of(model, {name: stored[name] for name in zoo_entry.INPUTS})
+        found = zoo_entry.outputs_of(model, {name: stored[name] for name in zoo_entry.INPUTS if name in stored})
         for name, value in found.items():
             assert torch.allclose(value, stored[name], rtol=1e-4, atol=1e-5), name
         assert (out / "samples.png").is_file()

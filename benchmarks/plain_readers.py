@@ -1,0 +1,155 @@
+"""Plain classifiers and segmenters: the network of a SymmFlow recipe, taught one thing alone, for the same time.
+
+The same U-Net reads the image (its other input channels are zero, its time stands at 1) and is trained by cross entropy
+on what comes out at the places of the code: of a mask at every pixel, of a label averaged over the pixels. Data,
+batches, optimizer, schedule and averaging are those of the recipe.
+
+    python -m benchmarks.plain_readers configs/symmflow/fashion_mnist.yaml --field label --seconds 600
+    python -m benchmarks.plain_readers configs/symmflow/people.yaml --field mask --seconds 600
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from benchmarks.common import finish, parser, show, single_thread, table
+from lightning_flows.codecs import IGNORE
+from lightning_flows.data import FlowDataModule
+from lightning_flows.metrics import Calibration, LabelAccuracy, MeanIoU, PixelAccuracy
+from lightning_flows.modules import SymmFlow, WarmupCosine
+
+
+class Reader(nn.Module):
+    """A SymmFlow's network as a reader of one field.
+
+    Args:
+        model: whose network is taken, freshly drawn.
+        field: ``mask`` or ``label``.
+    """
+
+    def __init__(self, model: SymmFlow, field: str) -> None:
+        super().__init__()
+        self.network, self.field, self.channels = model.network, field, model.shape[0]
+        span, count = model.semantic.layout[field], model.semantic.num_classes[field]
+        if span.stop - span.start < count:
+            raise ValueError(f"the code of {field!r} has {span.stop - span.start} planes, a reader needs {count}")
+        self.planes = slice(self.channels + span.start, self.channels + span.start + count)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W): (B, K, H, W) of masks, (B, K) of labels."""
+        x = image.new_zeros(len(image), *self.network.shape)
+        x[:, : self.channels] = image
+        out = self.network(x, image.new_ones(len(image)))[:, self.planes].float()
+        return out if self.field == "mask" else out.mean((2, 3))
+
+
+def built(recipe: Path) -> tuple[SymmFlow, FlowDataModule, Any]:
+    """Model, data and configuration of a recipe."""
+    config = OmegaConf.load(recipe)
+    plain = OmegaConf.to_container(config, resolve=True)
+    options = ArgumentParser()
+    options.add_subclass_arguments(SymmFlow, "model")
+    options.add_subclass_arguments(FlowDataModule, "data")
+    made = options.instantiate_classes(options.parse_object({"model": plain["model"], "data": plain["data"]}))
+    return made.model, made.data, plain
+
+
+def train(reader: Reader, data: FlowDataModule, config: Any, seconds: float) -> tuple[nn.Module, int, float]:
+    """The averaged reader after ``seconds`` of CPU time, its steps and the time that they took.
+
+    The schedule needs the number of steps: it is foreseen from the time of steps 6 to 20.
+    """
+    settings = config["model"]["init_args"]["optimizer"]["init_args"]
+    optimizer = torch.optim.AdamW(reader.parameters(), **settings)
+    averaged, decay = copy.deepcopy(reader).requires_grad_(False), 0.999
+    bf16 = config["trainer"].get("precision") == "bf16-mixed"
+    schedule, total, step, epoch = None, None, 0, 0
+    start = warm = time.process_time()
+    while total is None or step < total:
+        loader = data.train_dataloader()
+        if hasattr(loader.sampler, "set_epoch"):
+            loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits = reader(batch["image"])
+            loss = F.cross_entropy(logits, batch[reader.field], ignore_index=IGNORE)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if step == 5:
+                warm = time.process_time()
+            if step == 20:
+                total = max(40, int(15 * seconds / (time.process_time() - warm)))
+                schedule = WarmupCosine(optimizer, total_steps=total, warmup_steps=20, final=0.01)
+            if schedule is not None and step > 20:
+                schedule.step()
+            rate = min(decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for mean, now in zip(averaged.parameters(), reader.parameters(), strict=True):
+                    mean.lerp_(now, 1 - rate)
+            if step == total:
+                break
+        epoch += 1
+    return averaged.eval(), step, time.process_time() - start
+
+
+@torch.no_grad()
+def test(reader: nn.Module, data: FlowDataModule, field: str, classes: int) -> dict[str, float]:
+    """Scores on the test items."""
+    metrics: dict[str, Any]
+    if field == "mask":
+        metrics = {"miou": MeanIoU(classes), "pixel_accuracy": PixelAccuracy(classes)}
+    else:
+        metrics = {"accuracy": LabelAccuracy(classes), "calibration": Calibration()}
+    count = 0
+    for batch in data.test_dataloader():
+        scores = reader(batch["image"]).softmax(1)
+        read = scores.argmax(1) if field == "mask" else scores
+        for metric in metrics.values():
+            metric.update(read, batch[field])
+        count += len(read)
+    values = {name: metric.compute() for name, metric in metrics.items()}
+    found = {name: float(next(iter(v.values())) if isinstance(v, dict) else v) for name, v in values.items()}
+    return {**found, "items": count}
+
+
+def main() -> None:
+    """Train a reader and print its scores."""
+    options = parser(__doc__)
+    options.add_argument("recipe", type=Path)
+    options.add_argument("--field", choices=["mask", "label"], required=True)
+    options.add_argument("--seconds", type=float, default=600.0, help="of CPU time, on one thread")
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args()
+    torch.manual_seed(args.seed)
+    model, data, config = built(args.recipe)
+    data.prepare_data()
+    data.setup("fit")
+    reader, steps, seconds = train(Reader(model, args.field), data, config, args.seconds)
+    data.setup("test")
+    scores = test(reader, data, args.field, model.semantic.num_classes[args.field])
+    figures = {
+        "recipe": args.recipe.name,
+        "field": args.field,
+        "steps": steps,
+        "cpu_seconds": round(seconds, 1),
+        **scores,
+    }
+    show(table(list(figures), [[f"{v:.4f}" if isinstance(v, float) else v for v in figures.values()]]))
+    finish(figures, [], args.json)
+
+
+if __name__ == "__main__":
+    single_thread()
+    main()
