@@ -31,7 +31,7 @@ CODES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 PLANES = {"onehot": 11, "published": 4, "bits": 6, "learned": 6}
-VALUES = ("miou", "pixel_accuracy", "boundary_f", "accuracy", "calibration", "asked_miou")
+VALUES = ("miou", "pixel_accuracy", "boundary_f", "accuracy", "asked_miou")
 
 
 def recipe(code: str, steps: int) -> Any:

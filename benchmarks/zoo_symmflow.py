@@ -10,6 +10,8 @@ Blocks of figures, each where it applies:
 - ``drawing``, for `data.Shapes`: the IoU of the masks that were asked for with those that the exact rule reads from
   the images (25 steps), and how often their label is the one that was asked for; for Fashion-MNIST how often the judge
   `benchmarks.judges.fashion_cnn` reads the label;
+- ``distance``, for masks of photos: Frechet distance of 10 images for each test mask to the training photos, by the
+  means of 8 x 8 cells (``frechet[pixels-8]``: extractors of photos need a download), and that of the test photos;
 - ``inversion``: 100 steps from images to noise and code and 100 back: PSNR, with the code as it was reached, and with
   that of the mask and label that are read.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import LightningDataModule
 from torch import Tensor
 
 from benchmarks import zoo_cnn, zoo_scores
@@ -38,11 +41,13 @@ from lightning_flows.metrics import (
     MeanIoU,
     PeakSignalToNoise,
     PixelAccuracy,
+    Pixels,
 )
 from lightning_flows.modules import SymmFlow
 from lightning_flows.store import resolve
 
 SEED, MANY, INVERTED, BATCH = 0, 25, 100, 100
+PER_MASK, CELLS = 10, 8
 Values = dict[str, dict[str, Any]]
 
 
@@ -107,6 +112,27 @@ def drawing(model: SymmFlow, items: dict[str, Tensor]) -> Values:
     return {"asked_miou": written(agreement.compute()) | about, "asked_label": {"value": right / seen} | about}
 
 
+def distance(model: SymmFlow, data: LightningDataModule, items: dict[str, Tensor]) -> Values:
+    """Photos: how far images drawn for the test masks are from training photos, beside how far test photos are."""
+    train = data.dataset("train")
+    photos = torch.stack([train[i]["image"] for i in range(len(train))])
+    start, drawn, count = time.perf_counter(), [], len(items["image"])
+    for i in range(PER_MASK):
+        for first, part in zip(range(0, count, BATCH), chunks(items), strict=True):
+            seeds = seeds_from(SEED, len(part["image"]), i * count + first)
+            drawn.append(model.sample(model.condition_of(part), seeds=seeds, steps=MANY))
+    about = how(PER_MASK * count, MANY, time.perf_counter() - start) | {
+        "samples_per_item": PER_MASK,
+        "real": len(photos),
+    }
+    features = Pixels(CELLS)
+    values = {
+        f"frechet[{features.name}]": zoo_scores.frechet(photos, torch.cat(drawn), features),
+        f"frechet[{features.name}] of test photos": zoo_scores.frechet(photos, items["image"], features),
+    }
+    return {name: {"value": value} | about for name, value in values.items()}
+
+
 def judged(model: SymmFlow, count: int = 2000) -> Values:
     """Fashion-MNIST: how often the judge reads the label that was asked for."""
     labels = torch.arange(10).repeat(count // 10)
@@ -148,6 +174,8 @@ def main() -> None:
         blocks["drawing"] = drawing(model, items)
     elif model.semantic.keys == ("label",) and model.semantic.num_classes["label"] == 10 and model.shape == (1, 28, 28):
         blocks["drawing"] = judged(model)
+    elif "mask" in model.semantic.keys:
+        blocks["distance"] = distance(model, data, items)
     if args.inverted:
         blocks["inversion"] = inversion(model, {name: value[: args.inverted] for name, value in items.items()})
     for name, values in blocks.items():
