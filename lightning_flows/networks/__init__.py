@@ -35,6 +35,7 @@ from lightning_flows.networks.parallel import (
     restore_blocks,
     shard_blocks,
 )
+from lightning_flows.networks.preconditioned import Preconditioned
 from lightning_flows.networks.resizing import (
     Patch,
     resize_input_channels,
@@ -75,6 +76,7 @@ __all__ = [
     "PatchDiscriminator",
     "PerBlock",
     "RMSNorm",
+    "Preconditioned",
     "ReversedTime",
     "STARFlow",
     "SemanticRescaler",

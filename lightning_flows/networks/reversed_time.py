@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition
-from lightning_flows.store import Recorded
+from lightning_flows.networks.wrapper import Wrapper
 
 PREDICTIONS = ("velocity", "data", "noise", "score")
 
 
-class ReversedTime(Recorded, nn.Module):
+class ReversedTime(Wrapper):
     """A network of reversed time, seen from ours: noise at 0, data at 1.
 
     Args:
@@ -37,34 +36,10 @@ class ReversedTime(Recorded, nn.Module):
     def __init__(
         self, network: nn.Module, *, prediction: Literal["velocity", "data", "noise", "score"] = "velocity"
     ) -> None:
-        super().__init__()
+        super().__init__(network)
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {list(PREDICTIONS)}, got {prediction!r}")
-        self.network = network
         self.prediction = prediction
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of one sample."""
-        return self.network.shape  # type: ignore[return-value]
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Names of the condition's streams that the network reads."""
-        return self.network.streams  # type: ignore[return-value]
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of one sample."""
-        return self.network.in_channels  # type: ignore[return-value]
-
-    def null(self, condition: Condition | None = None, batch_size: int | None = None) -> Condition:
-        """See the network."""
-        return self.network.null(condition, batch_size)  # type: ignore[operator]
-
-    def drop(self, condition: Condition | None, generator: torch.Generator) -> Condition | None:
-        """See the network."""
-        return self.network.drop(condition, generator)  # type: ignore[operator]
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Predict at ``x`` (B, C, H, W) and our time ``t`` () or (B,); shape of ``x``."""
