@@ -15,6 +15,7 @@ from lightning_flows.callbacks.progress import SamplingProgress, sampling_progre
 from lightning_flows.callbacks.reconstruction_grid import ReconstructionGrid
 from lightning_flows.callbacks.sample_grid import SampleGrid
 from lightning_flows.callbacks.sampling_speed import SamplingSpeed
+from lightning_flows.callbacks.symmetry_grid import SymmetryGrid
 from lightning_flows.callbacks.throughput import Throughput
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SampleGrid",
     "SamplingProgress",
     "SamplingSpeed",
+    "SymmetryGrid",
     "Throughput",
     "sampling_progress",
     "write_sample",

@@ -63,7 +63,7 @@ def _(sample: LabelMap, stem: Path) -> Path:
     if ids.ndim != 2 or ids.is_floating_point() or not bool(((ids >= 0) & (ids < 256)).all()):
         raise ValueError(f"mask {stem.name!r} must hold ids (H, W) of 0..255, got {ids.dtype} of {tuple(ids.shape)}.")
     image = Image.fromarray(ids.to(torch.uint8).cpu().numpy(), mode="P")
-    image.putpalette([level for colour in sample.colours for level in colour])
+    image.putpalette(sample.palette())
     return write_png(image, stem.parent / f"{stem.name}.png")
 
 
@@ -71,11 +71,11 @@ class PredictionWriter(BasePredictionWriter):
     """Writes each sample as soon as its batch is done, and `grid.png` or `predictions.json` when all ranks are.
 
     Expects of `predict_step` a mapping with `id` (list of str) and `sample` (tensor (B, C, H, W) in [-1,
-    1], or a sequence of anything that `write_sample` knows; dictionaries become JSON). Names come from the
-    ids alone, so one process and many write the same files. Files of an earlier run in the same folder are
-    overwritten where the id is the same and otherwise left; the contact sheet shows this run only, in the
-    order of ids (numbers inside ids count as numbers), and so does the table `predictions.json`, which holds
-    every dictionary by its id.
+    1], or a sequence of anything that `write_sample` knows; dictionaries become JSON, and a `codecs.LabelMap`
+    a PNG with a palette, whose pixels are class ids). Names come from the ids alone, so one process and many
+    write the same files. Files of an earlier run in the same folder are overwritten where the id is the same
+    and otherwise left; the contact sheet shows this run only, in the order of ids (numbers inside ids count as
+    numbers), and so does the table `predictions.json`, which holds every dictionary by its id.
 
     Args:
         folder: where to write; a relative path lies under `trainer.default_root_dir`.

@@ -80,27 +80,33 @@ class ThroughAutoencoder(SemanticCodec):
     Args:
         semantic: a fixed code of masks with as many planes as the autoencoder takes, such as `RGBPalette`.
         codec: the autoencoder. It stays outside of the module tree, as in the model (see `codecs.Codec`).
+        channels: of its latent, so that a model is built before the autoencoder is there; None asks the autoencoder.
 
     Raises:
-        ValueError: a ``semantic`` that reads anything but masks, or that has parameters.
+        ValueError: a ``semantic`` that reads anything but masks, or that has parameters; ``channels`` below 1.
     """
 
     semantic: SemanticCodec
     codec: Codec
 
-    def __init__(self, semantic: SemanticCodec, codec: Codec) -> None:
+    def __init__(self, semantic: SemanticCodec, codec: Codec, *, channels: int | None = None) -> None:
         if semantic.keys != ("mask",) or any(True for _ in semantic.parameters()):
             reads = f"which reads {semantic.keys}"
             raise ValueError(f"semantic must be a fixed code of masks, got {type(semantic).__name__}, {reads}")
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels must be at least 1 or None, got {channels}")
         super().__init__()
         self.semantic = semantic
         object.__setattr__(self, "codec", codec)  # also a codec that is a module is no part of this one
         self.keys, self.num_classes = semantic.keys, semantic.num_classes
+        self._channels = channels
 
     @property
     def channels(self) -> int:
-        """Channels of the autoencoder's latent; reads its config."""
-        return self.codec.latent_shape((self.semantic.channels, _PROBE, _PROBE))[0]
+        """Channels of the autoencoder's latent; reads its config where they were not given."""
+        if self._channels is not None:
+            return self._channels
+        return self._latent_shape((_PROBE, _PROBE))[0]
 
     def colours(self, key: str = "mask") -> list[tuple[int, int, int]]:
         """See `SemanticCodec.colours`."""
@@ -115,10 +121,10 @@ class ThroughAutoencoder(SemanticCodec):
             noise: see `SemanticCodec.encode`; added before the autoencoder.
 
         Raises:
-            ValueError: another ``size``; see `SemanticCodec.encode`.
+            ValueError: another ``size``, or an autoencoder of other ``channels``; see `SemanticCodec.encode`.
         """
         shape = tuple(field_of(fields, "mask", self.num_classes["mask"]).shape[1:])
-        latent = self.codec.latent_shape((self.semantic.channels, *shape))
+        latent = self._latent_shape(shape)
         if tuple(latent[1:]) != tuple(size):
             raise ValueError(
                 f"size must be {tuple(latent[1:])}, the latent of masks of size {shape}, got {tuple(size)}"
@@ -128,4 +134,12 @@ class ThroughAutoencoder(SemanticCodec):
     def decode(self, y: Tensor, size: tuple[int, int] | None = None) -> dict[str, Decoded]:
         """See `SemanticCodec.decode`; by default at the size to which the autoencoder decodes."""
         self.check_planes(y)
+        self._latent_shape((_PROBE, _PROBE))
         return self.semantic.decode(self.codec.decode(y), size)
+
+    def _latent_shape(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """(c, h, w) of masks (H, W), checked."""
+        latent = self.codec.latent_shape((self.semantic.channels, *size))
+        if self._channels not in (None, latent[0]):
+            raise ValueError(f"channels must be {latent[0]}, those of the autoencoder's latent, got {self._channels}")
+        return latent

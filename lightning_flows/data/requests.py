@@ -110,9 +110,11 @@ class Requests(LightningDataModule, Recorded):
     several devices the requests are dealt out in turn, none twice (with and without
     ``Trainer(use_distributed_sampler=...)``).
 
-    Beside samples a model may have other tasks, see `NormalizingFlow`; one that has not refuses them:
+    Beside samples a model may have other tasks, see `NormalizingFlow` and `SymmFlow`; one that has not refuses them:
 
     - ``"classify"`` the ``images``: the likeliest class of each.
+    - ``"segment"`` the ``images``: the mask of each.
+    - ``"edit"`` the ``images`` where the ``masks`` are not those that the model sees; 255 leaves it to the model.
     - ``"score"`` the ``images``: how strange each is, under its label or prompt or without one.
     - ``"inpaint"`` the ``images`` where the ``masks`` are not zero.
     - ``"interpolate"`` from the first of the ``images`` to the second, from the third to the fourth ...: two for each
@@ -127,7 +129,8 @@ class Requests(LightningDataModule, Recorded):
             for each. Requests of different ones come in different batches; ids and seeds stay those of the order
             in which they are given.
         seed: seed of the whole run; request i gets ``seeds_from(seed, n)[i]``.
-        task: ``"sample"`` (also None), ``"classify"``, ``"score"``, ``"inpaint"`` or ``"interpolate"``.
+        task: ``"sample"`` (also None), ``"classify"``, ``"segment"``, ``"edit"``, ``"score"``, ``"inpaint"`` or
+            ``"interpolate"``. Without a task, a `SymmFlow` reads ``images`` that come alone.
         task_options: arguments of the model's method for the task, such as ``{"steps": 200}``.
         seeds: one seed a request instead; two for an interpolation.
         n: number of requests; the lists are repeated cyclically (or cut) to it. None: as many as the lists

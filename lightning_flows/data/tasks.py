@@ -29,7 +29,7 @@ FIELDS: dict[str, Fields] = {
     "score": Fields(needs=("images",), takes=("labels", "prompts")),
     "inpaint": Fields(needs=("images", "masks"), takes=("labels", "prompts")),
     "segment": Fields(needs=("images",)),
-    "edit": Fields(needs=("images", "masks")),
+    "edit": Fields(needs=("images", "masks"), takes=("labels",)),
     "interpolate": Fields(takes=("images", "labels", "prompts")),
 }
 

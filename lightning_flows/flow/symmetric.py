@@ -14,6 +14,7 @@ Reference:
 
 from __future__ import annotations
 
+from abc import ABC
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Joint(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SymmetricMatching:
+class SymmetricMatching(ABC):  # noqa: B024  (a parser writes plain dataclasses without their class)
     r"""Regression of the two velocities, :math:`w\,L_x + (1 - w)\,L_y`, each a mean over its own elements.
 
     Args:
@@ -93,7 +94,7 @@ class SymmetricMatching:
         """Losses of a batch.
 
         Args:
-            network: called as ``network(x (B, C + S, h, w), t (B,))``.
+            network: called as ``network(x (B, C + S, h, w), t (B,), None)``: the code is part of the point.
             image: images or their latents, shape (B, C, h, w).
             code: their semantic codes, shape (B, S, h, w).
             noise: every random number of the step; ``"source"`` and ``"semantic"`` are the two noises.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_flows.flow import Condition, Guidance, SampleNoise
-from lightning_flows.flow.paths import Path, expand
+from lightning_flows.flow.paths import Path
 from lightning_flows.flow.symmetric import spread
 
 CODE = "spatial"  # stream of the condition in which guidance sees the code
@@ -84,9 +84,44 @@ class JointField:
 
     def _guided(self, guidance: Guidance, image: Tensor, t: Tensor, code: Tensor) -> Tensor:
         assert self.hidden is not None, "guidance needs the lines of hidden codes"
-        branches = _Branches(self.network, self.path, self.hidden)
-        guided = guidance(branches, image, t, Condition(spatial=code))  # (B, C, h, w)
+        branches, condition = _Branches(self.network, self.path, self.hidden), Condition(spatial=code)
+        guided = guidance(branches, image, t, condition)  # (B, C, h, w)
+        if branches.code_velocity is None:  # a rule that lets the image stand still has not asked the network
+            branches(image, t, condition)
         return torch.cat([guided, branches.code_velocity], dim=1)
+
+
+class Held:
+    """A joint field whose image follows a given path outside of a region, at every call.
+
+    Args:
+        field: of the pair.
+        start: image at t = 0, shape (B, C, h, w).
+        end: image at t = 1, the same shape.
+        inside: where the field moves the image, bool, shape (B, 1, h, w).
+        path: from start to end.
+    """
+
+    def __init__(self, field: JointField, start: Tensor, end: Tensor, inside: Tensor, path: Path) -> None:
+        self.field, self.start, self.end, self.inside, self.path = field, start, end, inside, path
+
+    @property
+    def stateful(self) -> bool:
+        """See `JointField.stateful`."""
+        return self.field.stateful
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """See `JointField`."""
+        return self.field.guidance
+
+    def __call__(self, state: Tensor, t: Tensor) -> Tensor:
+        """The velocity at ``state`` and ``t``."""
+        channels, held = self.end.shape[1], self.path.sample(self.start, self.end, t)
+        image = torch.where(self.inside, state[:, :channels], held.x_t)
+        velocity = self.field(joint(image, state[:, channels:]), t)
+        moved = torch.where(self.inside, velocity[:, :channels], held.velocity)
+        return torch.cat([moved, velocity[:, channels:]], dim=1)
 
 
 class _Branches:
@@ -96,7 +131,7 @@ class _Branches:
 
     def __init__(self, network: Any, path: Path, hidden: Hidden) -> None:
         self.network, self.path, self.hidden = network, path, hidden
-        self.code_velocity: Tensor
+        self.code_velocity: Tensor | None = None  # of the last call
 
     def null(self, condition: Condition, batch_size: int) -> Condition:
         return condition.absent(CODE)
@@ -109,15 +144,10 @@ class _Branches:
         here = condition.presence(CODE)[:, None, None, None]
         code = torch.where(here, condition.spatial, line.repeat(copies, 1, 1, 1))
         velocity = self.network(torch.cat([x, code], dim=1), t, None).to(x.dtype)
-        self.code_velocity = velocity[: len(line), x.shape[1] :]  # of the branch with the code, which comes first
+        self.code_velocity = velocity[: len(line), x.shape[1] :]  # that of the branch with the code, which comes first
         return velocity[:, : x.shape[1]]
 
 
 def joint(image: Tensor, code: Tensor) -> Tensor:
     """Both side by side, (B, C, h, w) and (B, S, h, w) -> (B, C + S, h, w), float32."""
     return torch.cat([image.float(), code.float()], dim=1)
-
-
-def between(start: Tensor, end: Tensor, t: Tensor, path: Path) -> Tensor:
-    """The point of a path at ``t`` () between two images (B, C, h, w)."""
-    return path.alpha(expand(t, end)) * end + path.sigma(expand(t, end)) * start

@@ -7,7 +7,6 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_flows.codecs import Codec, SemanticCodec
 from lightning_flows.flow import (
+    Autoguidance,
     ClassifierFree,
     Condition,
     Euler,
@@ -29,16 +29,16 @@ from lightning_flows.flow import (
     SymmetricMatching,
     key,
 )
+from lightning_flows.flow.symmetric import spread
 from lightning_flows.modules.base import Progress, clock
 from lightning_flows.modules.joint_field import Hidden, JointField, joint
 from lightning_flows.modules.latent_space import LatentSpace
 from lightning_flows.modules.publishable import run_seed
+from lightning_flows.modules.semantic_conditions import SemanticConditions
 from lightning_flows.modules.semantic_tasks import SemanticTasks
 
-STREAM = {"label": "label", "mask": "spatial"}  # field of a batch -> stream of the condition
 
-
-class SymmFlow(SemanticTasks, LatentSpace):
+class SymmFlow(SemanticTasks, SemanticConditions, LatentSpace):
     """Symmetrical flow matching of images and their semantics.
 
     The state is the image (or its latent) and the code of its mask, label or both, side by side on the channels. Solved
@@ -96,20 +96,20 @@ class SymmFlow(SemanticTasks, LatentSpace):
         _check_solver(self.solver)
         self._guidance(guidance)
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """See `GenerativeModule.streams`."""
-        return tuple(STREAM[key] for key in self.semantic.keys)
-
     # ------------------------------------------------------------------ training
 
     def losses(self, batch: Any, noise: StepNoise) -> Losses:
-        """See `GenerativeModule.losses`; logs hold ``loss_image`` and ``loss_semantic`` of each sample."""
+        """See `GenerativeModule.losses`; logs hold ``loss_image`` and ``loss_semantic`` of each sample.
+
+        A semantic codec that is trained adds its own loss, ``loss_extra``, with the weight of the semantic part.
+        """
         z, fields = self.latent_of(batch, noise), self.fields_of(batch)
         code = self.semantic.encode(fields, self.shape[1:], noise)  # (B, S, h, w)
         hidden = self._hidden_at_random(len(z), noise) if self.training else None
         found = self.objective(self.network, z, code, noise, hidden)
-        extra = self.semantic.extra_loss(found.code, fields)
+        # What is hidden cannot be estimated; its code itself takes the place of the estimate.
+        estimate = found.code if hidden is None else torch.where(spread(hidden), code, found.code)
+        extra = self.semantic.extra_loss(estimate, fields)
         if extra is None:
             return found.losses
         loss = found.losses.loss + (1 - self.objective.image_weight) * extra
@@ -124,38 +124,22 @@ class SymmFlow(SemanticTasks, LatentSpace):
         noise = StepNoise(key("validation", run_seed()), batch_idx, self.global_rank)
         losses = self.losses(batch, noise)
         loss = self._logged("val", losses)
-        reading = self.read(self.data_of(batch), seeds=self._seeds_of(batch, batch_idx, "validation"))
+        reading = self.read_batch(batch, batch_idx, "validation")
         return {"loss": loss, "losses": losses.loss, **losses.logs, **self.reported(reading, batch)}
 
     def _logged(self, prefix: str, losses: Losses) -> Tensor:
         options: dict[str, Any] = {"batch_size": len(losses.loss), "sync_dist": prefix == "val"}
         loss = losses.loss.mean()
         self.log(f"{prefix}/loss", loss, prog_bar=True, **options)
-        for name in ("loss_image", "loss_semantic"):
+        for name in (name for name in losses.logs if name.startswith("loss_")):
             self.log(f"{prefix}/{name}", losses.logs[name].mean(), **options)
         return loss
-
-    def fields_of(self, batch: Any) -> dict[str, Tensor]:
-        """Masks (B, H, W) and labels (B,) of a batch, those that the semantic codec reads.
-
-        Raises:
-            ValueError: one is not there.
-        """
-        if missing := [name for name in self.semantic.keys if batch.get(name) is None]:
-            raise ValueError(f"{type(self.semantic).__name__} reads {self.semantic.keys}; the batch has no {missing}")
-        return {name: batch[name] for name in self.semantic.keys}
 
     def _hidden_at_random(self, count: int, noise: StepNoise) -> Tensor | None:
         if not self.objective.drop_rate:
             return None
         parts = self.objective.hidden(count, len(self.semantic.keys), noise)  # (B, keys)
         return self._channels(dict(zip(self.semantic.keys, parts.unbind(1), strict=True)))
-
-    def _channels(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """What is said of each part (B,) for each of its channels, bool, (B, S)."""
-        spans = self.semantic.layout.items()
-        columns = [parts[name][:, None].expand(-1, span.stop - span.start) for name, span in spans]
-        return torch.cat(columns, dim=1).to(self.device)
 
     # ------------------------------------------------------------------ drawing
 
@@ -176,28 +160,24 @@ class SymmFlow(SemanticTasks, LatentSpace):
             noise: one seed for each sample.
             steps: intervals of the time grid; the module's by default.
             solver: the module's by default.
-            guidance: a guidance, or the scale of a classifier-free one (1 is off); the module's by default.
+            guidance: a guidance, or the scale of a classifier-free one (1 is off); by default the module's, where there
+                is a condition.
             progress: called with (step, steps).
 
         Raises:
-            ValueError: a condition, guidance or solver that does not go with this model.
+            ValueError: a condition, guidance or solver that does not go with this model, or guidance without condition.
         """
-        count = len(noise.seeds)
-        code, given = self._code_of(condition, count, noise)
-        image = noise.normal("source", torch.empty(count, *self.shape, device=self.device))
-        rule = self._guidance(guidance)
-        hidden = Hidden(noise, code, self.objective.path)
+        count, channels, path = len(noise.seeds), self.shape[0], self.objective.path
+        code, given = self._code_of(condition, noise)  # (B, S, h, w), (B, S)
+        rule, all_given = self._rule_of(guidance, condition), bool(given.all())
+        hidden = None if all_given and rule is None else Hidden(noise, code, path)
         field = JointField(
-            self.network,
-            self.shape[0],
-            self.objective.path,
-            given=None if bool(given.all()) else given,
-            hidden=hidden,
-            guidance=rule if bool(given.any()) else None,
+            self.network, channels, path, given=None if all_given else given, hidden=hidden, guidance=rule
         )
-        start = joint(image, torch.where(given[:, :, None, None], code, hidden.start))
+        image = noise.normal("source", torch.empty(count, *self.shape, device=self.device))
+        start = joint(image, code if hidden is None else torch.where(spread(given), code, hidden.start))
         state = self.solve(field, start, self.steps if steps is None else steps, solver, progress=progress)
-        return Solution(self.decode(state.x[:, : self.shape[0]]), state.nfe)
+        return Solution(self.decode(state.x[:, :channels]), state.nfe)
 
     def solve(
         self,
@@ -223,25 +203,14 @@ class SymmFlow(SemanticTasks, LatentSpace):
                 progress(step.index + 1, steps)
         return Solution(state, nfe)
 
-    def _code_of(self, condition: Condition | None, count: int, noise: SampleNoise) -> tuple[Tensor, Tensor]:
-        """The code of a condition, (B, S, h, w), and which of its channels are there, bool (B, S)."""
-        condition = condition or Condition()
-        if unknown := sorted(set(condition.streams) - set(self.streams)):
-            raise ValueError(f"condition gives {unknown}, but {type(self.semantic).__name__} reads {self.streams}")
-        fields, present = {}, {}
-        for name in self.semantic.keys:
-            stream = STREAM[name]
-            value, present[name] = getattr(condition, stream), condition.presence(stream, count)
-            shape = (count,) if name == "label" else (count, *self.shape[1:])
-            fields[name] = torch.zeros(shape, dtype=torch.int64, device=self.device) if value is None else value
-            if name == "mask" and value is not None:
-                fields[name] = mask_ids(value)
-        if not self.objective.drop_rate and not all(bool(there.all()) for there in present.values()):
-            raise ValueError(
-                f"the condition must give {self.streams} for every sample: this model was trained without "
-                "objective.drop_rate and cannot draw what it is not told"
-            )
-        return self.semantic.encode(fields, self.shape[1:], noise), self._channels(present)
+    def _rule_of(self, given: Guidance | float | None, condition: Condition | None) -> Guidance | None:
+        """The guidance of samples, None for none; that of the module is off where there is no condition."""
+        rule = self._guidance(given)
+        if rule is None or (condition is not None and condition.streams):
+            return rule
+        if given is not None:
+            raise ValueError(f"guidance of scale {rule.scale} needs a condition with one of {self.streams}, got none")
+        return None
 
     def _guidance(self, given: Guidance | float | None) -> Guidance | None:
         rule = given if isinstance(given, Guidance) else self.guidance
@@ -249,35 +218,25 @@ class SymmFlow(SemanticTasks, LatentSpace):
             rule = ClassifierFree(float(given)) if rule is None else replace(rule, scale=float(given))
         if rule is None or rule.scale == 1:
             return None
+        if isinstance(rule, Autoguidance):
+            raise ValueError("guidance cannot be Autoguidance: its guide knows no pairs of image and code")
         if not self.objective.drop_rate:
             raise ValueError("guidance needs a model that was trained with objective.drop_rate above 0")
         return rule
 
-    # ------------------------------------------------------------------ requests and tests
-
-    def condition_of(self, batch: Any) -> Condition | None:
-        """See `GenerativeModule.condition_of`."""
-        given = {STREAM[name]: batch[name] for name in self.semantic.keys if batch.get(name) is not None}
-        if "spatial" in given:
-            given["spatial"] = given["spatial"][:, None]
-        return Condition(**given) if given else None
+    # ------------------------------------------------------------------ tests
 
     @torch.no_grad()
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Both directions: an image drawn for the semantics of each item, and what is read from its image.
 
-        Beside the outputs of `GenerativeModule.test_step`: those of `reported`.
+        Beside the outputs of `GenerativeModule.test_step`: those of `reported`, ``read_nfe`` and ``read_seconds``.
         """
         drawn = super().test_step(batch, batch_idx)
         start = clock(self.device)
-        reading = self.read(self.data_of(batch), seeds=self._seeds_of(batch, batch_idx, "read"))
+        reading = self.read_batch(batch, batch_idx, "read")
         seconds = clock(self.device) - start
-        return {**drawn, **self.reported(reading, batch), "read_nfe": self.read_steps, "read_seconds": seconds}
-
-    def _seeds_of(self, batch: Any, batch_idx: int, purpose: str) -> list[int]:
-        count = len(self.data_of(batch))
-        index = batch.get("index", torch.arange(count) + batch_idx * count)
-        return [key(purpose, run_seed(), int(i)) for i in index]
+        return {**drawn, **self.reported(reading, batch), "read_nfe": reading.nfe, "read_seconds": seconds}
 
     # ------------------------------------------------------------------ likelihood
 
@@ -291,19 +250,6 @@ class SymmFlow(SemanticTasks, LatentSpace):
             "SymmFlow carries (noise, code) to (image, noise): its likelihood is that of the pair, and the density of "
             "the codes themselves is not modelled. Use LatentFlowMatching for log_prob"
         )
-
-
-def mask_ids(mask: Tensor) -> Tensor:
-    """Class ids (B, H, W), int64, of a condition's map (B, 1, H, W).
-
-    Raises:
-        ValueError: another shape, or values that are no ids.
-    """
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.is_floating_point():
-        raise ValueError(
-            f"condition.spatial must hold class ids, integers (B, 1, H, W), got {mask.dtype} {tuple(mask.shape)}"
-        )
-    return mask[:, 0].long()
 
 
 def _image_shape(network: nn.Module, semantic: SemanticCodec) -> tuple[int, int, int]:

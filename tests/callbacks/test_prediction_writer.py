@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lightning_flows.callbacks import PredictionWriter, write_sample
+from lightning_flows.codecs import LabelMap
+from lightning_flows.codecs.label_map import UNLABELLED, distinct_colours
 from tests.callbacks.toy import Toy, requests, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +189,47 @@ def test_an_id_given_to_two_processes_is_refused(tmp_path):
     result = ranks(tmp_path, 2, ["x", "x"])
     assert result.returncode != 0
     assert "got ['x'] on several ranks" in result.stderr
+
+
+# ------------------------------------------------------------------ masks
+
+COLOURS = [(0, 0, 0), (250, 0, 0), (0, 250, 0)]
+
+
+def test_pixels_of_a_written_mask_are_ids_and_its_colours_those_of_the_classes(tmp_path):
+    ids = torch.tensor([[0, 1, 2], [2, 255, 1]])
+    folder = run(tmp_path, ["x"], model=Fixed({"id": ["x"], "sample": [LabelMap(ids, COLOURS)]}))
+    image = Image.open(folder / "x.png")
+    assert (image.mode, image.size) == ("P", (3, 2))
+    assert np.asarray(image).tolist() == ids.tolist()
+    shown = np.asarray(image.convert("RGB"))
+    assert [tuple(pixel) for pixel in shown[0]] == COLOURS
+    assert tuple(shown[1, 1]) == UNLABELLED
+
+
+def test_a_mask_may_have_255_classes(tmp_path):
+    ids = torch.arange(256).view(16, 16)
+    write_sample(LabelMap(ids, distinct_colours(255)), tmp_path / "x")
+    image = Image.open(tmp_path / "x.png")
+    assert np.asarray(image).tolist() == ids.tolist()
+    assert len({tuple(pixel) for row in np.asarray(image.convert("RGB")) for pixel in row}) == 256
+
+
+def test_masks_images_and_records_stand_in_one_run(tmp_path):
+    mask, unsure = LabelMap(torch.ones(4, 4, dtype=torch.int64), COLOURS), torch.zeros(1, 4, 4)
+    made = {"id": ["a", "a-uncertainty", "a-class"], "sample": [mask, unsure, {"label": 1}]}
+    folder = run(tmp_path, ["a"], model=Fixed(made))
+    assert {file.name for file in folder.iterdir()} == {
+        *("a.png", "a-uncertainty.png", "a-class.json", "grid.png", "predictions.json"),
+    }
+    grid = Image.open(folder / "grid.png").convert("RGB")
+    assert [grid.getpixel((34, 34)), grid.getpixel((100, 34))] == [COLOURS[1], (128, 128, 128)]
+    assert json.loads((folder / "predictions.json").read_text()) == {"a-class": {"label": 1}}
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.zeros(4, 4), torch.zeros(1, 4, 4).long(), torch.full((4, 4), 256), torch.full((4, 4), -1)]
+)
+def test_what_is_no_mask_is_named(tmp_path, ids):
+    with pytest.raises(ValueError, match=r"mask 'x' must hold ids \(H, W\) of 0..255, got"):
+        run(tmp_path, ["x"], model=Fixed({"id": ["x"], "sample": [LabelMap(ids, COLOURS)]}))

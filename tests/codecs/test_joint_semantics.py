@@ -91,6 +91,38 @@ def test_a_mask_goes_through_the_autoencoder_as_a_picture():
     assert codec.decode(y, (16, 16))["mask"].labels.shape == (2, 16, 16)
 
 
+class Nowhere(Blocks):
+    """An autoencoder that cannot be asked yet."""
+
+    def latent_shape(self, shape):
+        raise OSError("offline")
+
+
+def test_given_channels_spare_a_look_at_the_autoencoder():
+    codec = ThroughAutoencoder(RGBPalette("celebamask-hq"), Nowhere(), channels=12)
+    assert codec.channels == 12
+    assert codec.layout == {"mask": slice(0, 12)}
+    with pytest.raises(OSError, match="offline"):
+        ThroughAutoencoder(RGBPalette("celebamask-hq"), Nowhere()).channels  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "use", [lambda c: c.encode({"mask": MASK}, (4, 4)), lambda c: c.decode(torch.zeros(1, 4, 4, 4))]
+)
+def test_given_channels_are_checked_when_the_autoencoder_is_used(use):
+    codec = ThroughAutoencoder(RGBPalette("celebamask-hq"), Blocks(), channels=4)
+    with pytest.raises(ValueError, match="channels must be 12, those of the autoencoder's latent, got 4"):
+        use(codec)
+    with pytest.raises(ValueError, match="channels must be at least 1 or None, got 0"):
+        ThroughAutoencoder(RGBPalette("celebamask-hq"), Blocks(), channels=0)
+
+
+def test_given_channels_are_part_of_the_config():
+    codec = ThroughAutoencoder(RGBPalette("celebamask-hq"), AutoencoderKL("somebody/autoencoder"), channels=4)
+    again = build(config_of(codec), SemanticCodec)
+    assert (again.channels, config_of(again)["init_args"]["channels"]) == (4, 4)
+
+
 def test_the_size_must_be_that_of_the_latent():
     codec = ThroughAutoencoder(RGBPalette("celebamask-hq"), Blocks())
     with pytest.raises(ValueError, match=r"size must be \(4, 4\), the latent of masks of size \(8, 8\), got \(8, 8\)"):

@@ -203,7 +203,7 @@ def segment(case, method, number):
 
 
 def read(case, method, number):
-    with mock.patch("lightning_flows.modules.semantic_tasks.SampleNoise", return_value=Given(case)):
+    with mock.patch("lightning_flows.modules.reading.SampleNoise", return_value=Given(case)):
         return model_of(case).read(case.input("image"), steps=int(number), solver=SOLVERS[method])
 
 
