@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lightning_flows.store import build
 from tests.codecs.tiny_text import write_t5
+from tests.mask_stand_ins import cifar10, coco, faces, masks_of, mnist, packed, pixels
 
 # Smallest sizes of each network, and the side of what it then reads (None: as in the recipe).
 NETWORKS = {
@@ -23,6 +25,12 @@ NETWORKS = {
     "EDMUNet": (
         {"hidden_size": 32, "num_blocks": 1, "channel_mult": [1, 2], "attention_sizes": [2], "head_channels": 16}, 4,
     ),
+    "StableDiffusionUNet": (
+        {
+            "channels": [8, 16], "num_blocks": 1, "attention": [True, False], "num_heads": 2, "context_dim": 8,
+            "context_length": 3, "groups": 4,
+        }, 4,
+    ),
     "KLNetwork": ({"channels": [8, 8], "layers": 1, "norm_groups": 4}, 8),
     "TARFlow": ({"patch_size": 2, "hidden_size": 16, "num_blocks": 2, "depth": 1, "head_size": 8}, 4),
     "STARFlow": ({"hidden_size": 32, "depth": [1, 1], "head_size": 32}, 4),
@@ -30,7 +38,10 @@ NETWORKS = {
 TEXT = {"text_length": 5, "text_size": 8}  # of a network that reads the tokens of a tiny T5
 ITEMS = 6  # of a stand-in
 MANY = 48  # of a stand-in that is divided by fractions
-BUNDLED = ("Digits",)  # data that needs no stand-in
+BUNDLED = {  # data that needs no stand-in, with what makes it small
+    "Digits": {},
+    "Shapes": {"n_train": MANY, "n_val": ITEMS, "n_test": ITEMS},
+}
 TRAINER = {
     "accelerator": "cpu",
     "devices": 1,
@@ -58,7 +69,9 @@ def small(recipe, folder, autoencoder):
     _reduce_distances(recipe["model"]["init_args"])
     _reduce_text(recipe["model"]["init_args"], folder)
     levels = _reduce_codec(recipe, autoencoder)
-    if not bundled:
+    if bundled:
+        recipe["data"].setdefault("init_args", {}).update(BUNDLED[name_of(recipe["data"])])
+    else:
         _reduce_data(recipe, folder, side * 2 ** (levels - 1))
     _reduce_trainer(recipe)
     return recipe
@@ -98,15 +111,23 @@ def _reduce_text(arguments, folder):
 
 
 def _reduce_codec(recipe, autoencoder):
-    """Replaces a codec's weights; the number of levels, 1 without one."""
+    """Replaces the weights of codecs; the number of levels, 1 without one."""
     arguments = recipe["model"]["init_args"]
     codec = arguments.get("codec")
     if codec is None or "repo" not in codec.get("init_args", {}):
         return 1
     levels = 4  # 8 times, as the autoencoders of Stable Diffusion
-    repo = autoencoder(channels_of(recipe), arguments["network"]["init_args"]["in_channels"], levels)
-    codec["init_args"]["repo"] = str(repo)
+    latent = arguments["network"]["init_args"]["in_channels"] - planes_of(arguments)
+    repo = str(autoencoder(channels_of(recipe), latent, levels))
+    codec["init_args"]["repo"] = repo
+    if (masks := arguments.get("semantic", {}).get("init_args", {}).get("codec")) is not None:
+        masks["init_args"]["repo"] = repo
     return levels
+
+
+def planes_of(arguments):
+    """Channels of the semantic code of a model that has one, else 0."""
+    return build(arguments["semantic"]).channels if "semantic" in arguments else 0
 
 
 def channels_of(recipe):
@@ -115,7 +136,7 @@ def channels_of(recipe):
     if data.get("layout") == "NHW":
         return 1
     arguments = recipe["model"]["init_args"]
-    own = arguments["network"]["init_args"].get("in_channels", 3)
+    own = arguments["network"]["init_args"].get("in_channels", 3) - planes_of(arguments)
     return data.get("channels") or (3 if arguments.get("codec") else own)
 
 
@@ -127,6 +148,8 @@ def _reduce_data(recipe, folder, side):
     arguments |= {"batch_size": 2, "num_workers": 0}
     if "size" in arguments:
         arguments["size"] = side
+    if "resize" in arguments:
+        arguments["resize"] = side + 2
     if recipe.get("global_batch") is not None:
         recipe["global_batch"] = 2 * recipe["trainer"].get("accumulate_grad_batches", 1)
 
@@ -139,18 +162,13 @@ def _reduce_trainer(recipe):
     if isinstance(recipe["trainer"].get("val_check_interval"), int):
         recipe["trainer"]["val_check_interval"] = 2
     for callback in recipe["trainer"]["callbacks"]:
-        if name_of(callback) == "SampleGrid":
+        if name_of(callback) in ("SampleGrid", "SymmetryGrid"):
             callback["init_args"]["n"] = len(callback["init_args"].get("labels") or [0, 0])
         if name_of(callback) == "Compile":  # minutes on a CPU, and tested elsewhere: traced, but not compiled
             callback.setdefault("init_args", {})["backend"] = "eager"
 
 
 # ---- stand-ins of data, each in the layout that the recipe reads
-
-
-def pixels(n, side, channels, seed=0):
-    """uint8 (n, side, side, channels)."""
-    return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), dtype=np.uint8)
 
 
 def encoded(image, kind="PNG"):
@@ -197,12 +215,16 @@ def arrays(arguments, folder, side, channels):
     if arguments.get("value_range") is not None:
         low, high = arguments["value_range"]
         images = (low + (high - low) * images / 255).astype(np.float32)
-    named = {arguments.get("image_key", "images"): images, arguments.get("label_key", "labels"): np.arange(MANY) % 10}
+    labels = np.arange(MANY) % len(arguments.get("classes") or range(10))
+    named = {arguments.get("label_key", "labels"): labels, **masks_of(arguments, MANY, side)}
+    if (key := arguments.get("image_key", "images")) == "jpeg":
+        images, named["offsets"] = packed(images)
     suffix = Path(arguments["root"]).suffix
     if suffix == ".npy":
         np.save(folder / "train.npy", images)
     else:
-        np.savez(folder / "train.npz", **named)
+        for split in ("train", "val") if arguments.get("test_split") == "val" else ("train",):
+            np.savez(folder / f"{split}.npz", **named, **{key: images})
     return folder / f"train{suffix}" if suffix else folder
 
 
@@ -219,4 +241,13 @@ def shards(arguments, folder, side, channels):
     return folder
 
 
-DATA = {"ImageLMDB": lmdb_of, "ImageFolder": image_folder, "Arrays": arrays, "WebDataset": shards}
+DATA = {
+    "ImageLMDB": lmdb_of,
+    "ImageFolder": image_folder,
+    "Arrays": arrays,
+    "WebDataset": shards,
+    "CelebAMaskHQ": faces,
+    "COCOStuff": coco,
+    "MNIST": mnist,
+    "CIFAR10": cifar10,
+}

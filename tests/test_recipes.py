@@ -16,8 +16,10 @@ from lightning_flows.codecs import FrozenText
 from lightning_flows.flow import Condition
 from lightning_flows.store import build, check, config_of, read_config
 from tests.flow_recipe_facts import FLOWS
+from tests.mask_stand_ins import unchecked_cifar10
 from tests.recipe_facts import DECODERS, PUBLISHED
 from tests.recipe_sizes import NETWORKS, name_of, small
+from tests.symmflow_recipe_facts import OURS, SYMMFLOW
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("zoo/*/recipe.yaml")])
@@ -180,7 +182,8 @@ def check_run(fact, parsed):
 def test_every_published_configuration_has_its_recipe_and_says_its_facts():
     assert {f"configs/{key}.yaml" for key in PUBLISHED} <= {name(path) for path in RECIPES}
     large = [path for path in RECIPES if any(size in path.stem for size in ("256", "512", "1024"))]
-    others = {f"configs/{key}.yaml" for key in (*DECODERS, *FLOWS)}  # the facts of flows are in test_flow_recipes
+    # The facts of flows are in test_flow_recipes, those of SymmFlow in test_symmflow_recipes.
+    others = {f"configs/{key}.yaml" for key in (*DECODERS, *FLOWS, *SYMMFLOW, *OURS)}
     assert all(fact_of(path) is not None for path in large if name(path) not in others)
     assert others <= {name(path) for path in RECIPES}
 
@@ -219,6 +222,7 @@ def autoencoder(tmp_path_factory):
 
 def test_recipe_takes_two_steps(recipe, tmp_path, monkeypatch, autoencoder):
     monkeypatch.chdir(tmp_path)
+    unchecked_cifar10(monkeypatch)
     torch.set_num_threads(1)
     folder = tmp_path / "data"
     folder.mkdir()
@@ -239,7 +243,8 @@ def test_a_network_built_on_the_meta_device_becomes_real(network):
     """By `to_empty` and a state dict, or by `to_empty` and fresh weights: nothing is left as memory held it."""
     floor = "codecs" if network == "KLNetwork" else "networks"
     sizes, side = NETWORKS[network]
-    more = {"input_size": side, "num_classes": 3} if floor == "networks" else {}
+    more = {"input_size": side} if floor == "networks" else {}
+    more |= {"num_classes": 3} if floor == "networks" and network != "StableDiffusionUNet" else {}
     config = {"class_path": f"lightning_flows.{floor}.{network}", "init_args": {**sizes, **more}}
     real = build(config).eval()
     with torch.no_grad():

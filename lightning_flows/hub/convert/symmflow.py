@@ -163,7 +163,9 @@ def module(
     code: SemanticCodec = RGBPalette(kind, beta=beta) if num_classes is None else ClassPlane(num_classes, beta=beta)
     return SymmFlow(
         network=network,
-        semantic=ThroughAutoencoder(code, AutoencoderKL(autoencoder, scale=SCALE)) if latent else code,
+        semantic=ThroughAutoencoder(code, AutoencoderKL(autoencoder, scale=SCALE), channels=LATENT_CHANNELS // 2)
+        if latent
+        else code,
         codec=codec,
         objective=SymmetricMatching(image_weight=0.9 if kind == "class" else 0.7),
         solver=Euler(),
@@ -189,7 +191,7 @@ def from_official(file: str | Path, out: str | Path, *, context: str | Path | No
     text = None if context is None else empty_prompt(context)
     model = module(load_network(tensors, context=text, **options).eval(), **about)
     licence = {"licence": SD_LICENCE, "licence_note": SD_NOTE} if is_stable_diffusion(tensors) else {}
-    return model.save_pretrained(out, {"README.md": card(replace(FORMAT, **licence), file)})
+    return model.save_pretrained(out, {"README.md": card(replace(FORMAT, **licence), file, config=model.config)})
 
 
 FORMAT = Format(
@@ -201,6 +203,7 @@ FORMAT = Format(
     options=("num_heads", "head_channels", "qkv_order", "input_size", "context"),
     convert=from_official,
     module_options=("semantic", "num_classes", "beta", "autoencoder"),
+    family="symmflow",
 )
 SD_NOTE = (
     "They began as Stable Diffusion 2.1, whose CreativeML OpenRAIL++-M licence and its rules of use follow them. "
