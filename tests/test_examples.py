@@ -121,6 +121,17 @@ def test_a_new_class_is_learnt_beside_the_old_ones(tmp_path):
     assert lf.from_pretrained(tmp_path / "eleven").network.y_embedder.num_classes == 11
 
 
+def test_one_model_draws_segments_classifies_votes_and_edits(tmp_path):
+    out = run("draw_and_read.py", str(tmp_path), "--steps", "150", "--n", "6")
+    assert number("segmented:", out) > 0.7  # a sixth by chance
+    assert number("eight votes:", out) > number("segmented:", out)
+    assert number("of wrong ones", out) > number("of right pixels", out)
+    assert number("edited:", out) > 0.4  # by chance a sixth
+    assert number("back: off by", out) < 0.15
+    for name, rows in (("drawn", 3), ("read", 4), ("edited", 3)):
+        assert Image.open(tmp_path / f"{name}.png").size == (6 * 66 + 2, rows * 66 + 2)
+
+
 def test_a_likelihood_tells_digits_apart_and_keeps_what_is_known(tmp_path):
     out = run("likelihood_uses.py", "--epochs", "4", "--n", "4", "--steps", "6", "--out", str(tmp_path / "uses.png"))
     assert number("classified", out) > 0.35  # by chance a tenth

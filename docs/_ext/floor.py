@@ -90,13 +90,22 @@ def entry(module: Any, name: str) -> list[str]:
     """Directive for one name."""
     value = getattr(module, name)
     if inspect.isclass(value):
-        return [f".. autoclass:: {name}", ""]
+        return [f".. autoclass:: {name}", "", *mixed_in(module, value)]
     if not callable(value):
         text = repr(value)
         return [f".. py:data:: {name}", *([f"   :value: {text}"] if len(text) < 80 else []), ""]
     if value.__name__ != name:
         return [f".. py:function:: {name}", "", f"   The same as `{value.__name__}`.", ""]
     return [f".. autofunction:: {name}", ""]
+
+
+def mixed_in(module: Any, cls: type) -> list[str]:
+    """Directives for the methods that a class has from mixins of its floor, which have no entry of their own."""
+    public = {getattr(module, name) for name in module.__all__ if inspect.isclass(getattr(module, name))}
+    mixins = [base for base in cls.__mro__ if base.__module__.startswith(module.__name__) and base not in public]
+    names = [(name, base) for base in mixins for name, value in vars(base).items() if inspect.isfunction(value)]
+    own = [name for name, base in names if not name.startswith("_") and getattr(cls, name) is vars(base)[name]]
+    return [line for name in own for line in (f"   .. automethod:: {name}", "")]
 
 
 def tidy(lines: list[str]) -> None:

@@ -11,13 +11,23 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torchmetrics import Metric
 
 from lightning_flows.callbacks import Evaluation, SamplingSpeed
-from lightning_flows.codecs import Identity
-from lightning_flows.metrics import BitsPerDim, Extractor, NatsPerDim, Pixels, standard
+from lightning_flows.codecs import Identity, SemanticCodec
+from lightning_flows.metrics import (
+    BitsPerDim,
+    Calibration,
+    Extractor,
+    LabelAccuracy,
+    MeanIoU,
+    NatsPerDim,
+    PixelAccuracy,
+    Pixels,
+    standard,
+)
 from lightning_flows.metrics.reconstruction import LatentMoments, PeakSignalToNoise, StructuralSimilarity
 
 MOST_PIXELS = 4096  # values of an image that are compared as they are; larger images are averaged down
 SMALL = 32
-OPTIONS = ("extractor", "reference", "samples")
+OPTIONS = ("extractor", "reference", "samples", "per_item")
 
 
 def add_options(parser: LightningArgumentParser) -> None:
@@ -41,6 +51,12 @@ def add_options(parser: LightningArgumentParser) -> None:
         default=None,
         help="test: number of samples; one for each item of the split by default.",
     )
+    add(
+        "--per_item",
+        type=int | None,
+        default=None,
+        help="test: number of samples for each item, in place of --samples: distances from the first and from all.",
+    )
 
 
 def usual_callbacks(options: Namespace, model: Any, data: Any, given: list[L.Callback]) -> list[L.Callback]:
@@ -62,20 +78,39 @@ def usual_callbacks(options: Namespace, model: Any, data: Any, given: list[L.Cal
             raise ValueError(f"{', '.join(said)}: the recipe has an Evaluation of the test that says what is measured")
         return list(speed)
     metrics = usual_metrics(model, data, options.get("extractor"), options.get("reference"))
-    return [Evaluation(metrics=metrics, samples=options.get("samples")), *speed]
+    counts = {"samples": options.get("samples"), "per_item": options.get("per_item")}
+    return [Evaluation(metrics=metrics, **counts), *speed]
 
 
 def usual_metrics(
     model: Any, data: Any, extractor: Extractor | None = None, reference: str | None = None
 ) -> list[Metric]:
-    """The standard distances, and the likelihood in the unit that the model's space allows."""
+    """The standard distances, and the likelihood in the unit that the model's space allows, or scores of what it reads.
+
+    What reads masks and labels from images (`SymmFlow`) has no likelihood of an image.
+    """
     metrics: list[Metric] = [*standard(extractor or usual_extractor(data), reference=reference)]
     if not hasattr(model, "log_prob"):  # an autoencoder: its samples are reconstructions
         return [PeakSignalToNoise(), StructuralSimilarity(), LatentMoments(), *metrics]
+    if isinstance(semantic := getattr(model, "semantic", None), SemanticCodec):
+        return [*metrics, *semantic_metrics(semantic)]
     if not isinstance(getattr(model, "codec", None), Identity):
         return [*metrics, NatsPerDim()]
     levels = getattr(data, "levels", None)
     return [*metrics, BitsPerDim(levels)] if levels else metrics
+
+
+def semantic_metrics(semantic: SemanticCodec) -> list[Metric]:
+    """Scores of the masks and labels that a model reads, those that its semantic codec has.
+
+    The calibration is that of labels: of masks it would need the scores of every class at every pixel twice.
+    """
+    metrics: list[Metric] = []
+    if count := semantic.num_classes.get("mask"):
+        metrics += [MeanIoU(count), PixelAccuracy(count)]
+    if count := semantic.num_classes.get("label"):
+        metrics += [LabelAccuracy(count), Calibration()]
+    return metrics
 
 
 def usual_extractor(data: Any) -> Extractor:

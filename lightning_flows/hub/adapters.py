@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_flows.hub.cards import CARD, LIBRARY, figures, header_text, origin_text, read_header, results_text
+from lightning_flows.hub.cards import (
+    CARD,
+    LIBRARY,
+    figures,
+    header_text,
+    kind_of,
+    origin_text,
+    read_header,
+    results_text,
+)
 from lightning_flows.networks.adapter_folder import ADAPTER_CONFIG, read_adapter
-from lightning_flows.store import CONFIG, write_text
+from lightning_flows.store import CONFIG, read_config, write_text, zoo_folders
 from lightning_flows.store.resolve import ORGANISATION
 
 TASK = "unconditional-image-generation"
@@ -78,7 +87,7 @@ def adapter_card(
     names, found, base = [data] if isinstance(data, str) else list(data), figures(metrics), config["base"] or "unknown"
     repo = base.partition("@")[0]
     repo = repo if "/" in repo else f"{ORGANISATION}/{repo}"
-    tags = ["lora", "flow-matching", "lightning"]
+    tags = ["lora", *_kinds(base), "lightning"]
     header = header_text(model_id, licence, names, split, repo, tags, TASK, found, base_model_relation="adapter")
     usage = (
         "## Use\n\n```python\nimport lightning_flows as lf\n\n"
@@ -116,6 +125,13 @@ def write_adapter_card(
     config, _ = read_adapter(folder)
     write_text(file, adapter_card(config, metrics, **{"model_id": Path(folder).resolve().name, **about}))
     return file
+
+
+def _kinds(base: str) -> list[str]:
+    """Tag of what a base model is, where its config lies on this machine: an adapter's own folder does not say it."""
+    name = base.partition("@")[0]
+    folders = [Path(name), *(place / name for place in zoo_folders())]
+    return [kind_of(read_config(folder)) for folder in folders if (folder / CONFIG).is_file()][:1]
 
 
 def _is_local(base: str) -> bool:

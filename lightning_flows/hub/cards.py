@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from lightning_flows.hub.semantic_cards import semantic_tasks, semantic_usage, semantics
 from lightning_flows.store import entries, write_text
 
 CARD = "README.md"
@@ -96,7 +97,8 @@ def card(
         tags: further tags.
         command: shell command that gives the figures again.
         task: identifier of the Hub for what the model does; None says it from the model's class: an autoencoder is
-            ``image-to-image``, anything else ``unconditional-image-generation``.
+            ``image-to-image``, what reads masks ``image-segmentation``, what reads labels alone
+            ``image-classification``, anything else ``unconditional-image-generation``.
         dtype: in which the weights are stored, where it is not the float32 that they are loaded as.
 
     Returns:
@@ -109,13 +111,14 @@ def card(
         raise ValueError("licence='' says nothing; give an identifier such as 'apache-2.0' or 'cc-by-4.0'.")
     names = [data] if isinstance(data, str) else list(data)
     found = figures(metrics)
-    task = task or ("image-to-image" if is_autoencoder(config) else "unconditional-image-generation")
-    every = [kind_of(config), "lightning", *tags]
+    others = semantic_tasks(semantics(config))
+    task = task or _task(config, others)
+    every = [kind_of(config), "lightning", *others, *tags]
     header = header_text(model_id, licence, names, split, base_model, every, task, found)
     sections = [
         f"# {model_id}",
         summary or f"A `{family(config)}` model of `{LIBRARY}`.",
-        _usage(config, model_id),
+        f"## Use\n\n{usage(config, model_id)}",
         results_text(found, names, split, command),
         origin_text(licence, names, base_model, dtype),
     ]
@@ -175,7 +178,15 @@ def kind_of(config: Mapping[str, Any]) -> str:
     """Tag of what a config's model is: known by the name of its class."""
     if is_autoencoder(config):
         return "autoencoder"
+    if family(config).endswith("SymmFlow"):
+        return "symmflow"
     return "normalizing-flow" if family(config).endswith("NormalizingFlow") else "flow-matching"
+
+
+def _task(config: Mapping[str, Any], others: Sequence[str]) -> str:
+    if is_autoencoder(config):
+        return "image-to-image"
+    return others[0] if others else "unconditional-image-generation"
 
 
 def _named(metrics: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -239,21 +250,24 @@ def header_text(
     return str(about.to_yaml())
 
 
-def _usage(config: Mapping[str, Any], model_id: str) -> str:
+def usage(config: Mapping[str, Any], model_id: str) -> str:
+    """Markdown with the lines of Python that use a model, its ``model_id`` being what ``from_pretrained`` takes."""
     if is_autoencoder(config):
         return (
-            "## Use\n\n```python\nimport lightning_flows as lf\n\n"
+            "```python\nimport lightning_flows as lf\n\n"
             f'model = lf.from_pretrained("{model_id}")\n'
             "z = model.encode(images)  # (B, c, h, w), from images (B, C, H, W) in [-1, 1]\n"
             "images = model.decode(z)\n```\n\n"
             f'As the codec of a latent model: `lightning_flows.codecs.AutoencoderKL("{model_id}")`.'
         )
+    if counts := semantics(config):
+        return semantic_usage(counts, model_id)
     classes = [entry["init_args"].get("num_classes") for _, entry in entries(config) if "init_args" in entry]
     labels = next((number for number in classes if isinstance(number, int) and number > 0), None)
     asked = f"lf.Condition(label=torch.arange({min(labels, 10)}))" if labels else "n=16"
     imports = "import torch\n\nimport lightning_flows as lf" if labels else "import lightning_flows as lf"
     return (
-        f"## Use\n\n```python\n{imports}\n\n"
+        f"```python\n{imports}\n\n"
         f'model = lf.from_pretrained("{model_id}")\n'
         f"images = model.sample({asked}, seed=0)  # (B, C, H, W) in [-1, 1]\n```"
     )

@@ -4,10 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from lightning_flows.hub import card, figures, read_header, write_card
+from lightning_flows.modules import SymmFlow
+from lightning_flows.networks import ADMUNet
+from lightning_flows.store import build
 
 CONFIG = {
     "class_path": "lightning_flows.modules.LatentFlowMatching",
@@ -145,6 +149,56 @@ def test_the_card_of_a_normalizing_flow_is_tagged_as_one_and_says_how_it_is_inve
     assert header(text)["tags"] == ["normalizing-flow", "lightning"]
     assert "| metric | value | samples | inverse | denoise | network calls | passes |" in text
     assert "| accuracy | 0.9 | 20 | Sequential() | 0 | 2 | 392 |" in text
+
+
+ONE_HOT = {"class_path": "lightning_flows.codecs.OneHot", "init_args": {"num_classes": 6}}
+PER_IMAGE = {"class_path": "lightning_flows.codecs.ClassPlane", "init_args": {"num_classes": 4}}
+BOTH = {"class_path": "lightning_flows.codecs.JointSemantics", "init_args": {"parts": [ONE_HOT, PER_IMAGE]}}
+FACES = {"class_path": "lightning_flows.codecs.RGBPalette", "init_args": {"palette": "celebamask-hq"}}
+
+
+def symmflow(semantic):
+    return {"class_path": "lightning_flows.modules.SymmFlow", "init_args": {"semantic": semantic}}
+
+
+@pytest.mark.parametrize(
+    ("semantic", "task", "tags", "counts"),
+    [
+        (BOTH, "image-segmentation", ["image-segmentation", "mask-to-image", "image-classification"], (6, 4)),
+        (FACES, "image-segmentation", ["image-segmentation", "mask-to-image"], (19, None)),
+        (PER_IMAGE, "image-classification", ["image-classification"], (None, 4)),
+    ],
+)
+def test_the_card_of_a_symmflow_says_what_it_reads_and_draws(semantic, task, tags, counts):
+    text = card(symmflow(semantic), licence="mit", model_id="m", tags=["own"])
+    assert header(text)["tags"] == ["symmflow", "lightning", *tags, "own"]
+    assert header(text)["pipeline_tag"] == task
+    lines = snippet(text)
+    for name, count in zip(("segment", "classify"), counts, strict=True):
+        found = [line for line in lines.splitlines() if f"model.{name}(images)" in line]
+        assert len(found) == (count is not None)
+        assert all(f"of 0..{count - 1}," in line for line in found)
+
+
+@pytest.mark.parametrize("semantic", [BOTH, PER_IMAGE, ONE_HOT])
+def test_the_snippet_of_a_symmflow_runs(semantic, tmp_path):
+    code = build(semantic)
+    options = {"hidden_size": 32, "channel_mult": (1, 2), "num_blocks": 1, "attention_factors": ()}
+    network = ADMUNet(input_size=8, in_channels=3 + code.channels, head_channels=32, **options)
+    model = SymmFlow(network=network, semantic=code, steps=1)
+    model.save_pretrained(tmp_path / "m")
+    found = {"images": torch.zeros(2, 3, 8, 8)}
+    exec(snippet(card(model.config, licence="mit", model_id=str(tmp_path / "m"))), found)
+    assert found["drawn"].shape == (2, 3, 8, 8)
+    for name in code.keys:
+        assert found[name].dtype == torch.int64
+
+
+def test_a_code_of_another_package_is_not_imported_for_a_card():
+    foreign = {"class_path": "somewhere.Code", "init_args": {"num_classes": 3}}
+    text = card(symmflow(foreign), licence="mit")
+    assert header(text)["tags"] == ["symmflow", "lightning"]
+    assert "segment" not in text
 
 
 def test_the_card_says_when_weights_are_stored_in_16_bits():

@@ -123,7 +123,7 @@ def test_the_card_says_what_the_weights_are(tmp_path, pipeline):
     assert "license: other\n" in card
     assert "not to be sampled from" in card
     assert "model.sample" not in card
-    assert "resize: true" in card
+    assert "--resize true" in card
 
 
 UNSUPPORTED = [
@@ -221,7 +221,10 @@ def test_masks_on_pixels(tmp_path):
         close(model.network(x, t), expected)
     card = (out / "README.md").read_text()
     assert "license: mit\n" in card
+    assert "tags: [symmflow]\n" in card
     assert "README states" in card
+    assert "mask = model.segment(images).labels" in card
+    assert "sample(n=" not in card
 
 
 @pytest.mark.filterwarnings("ignore:scale_shift=False")

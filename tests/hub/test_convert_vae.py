@@ -30,7 +30,11 @@ def test_out_and_back(tmp_path, ours):
     for name in ("out", "out/vae", "out/vae/diffusion_pytorch_model.safetensors"):
         back = convert("diffusers-vae", tmp_path / name, tmp_path / "back")
         assert torch.equal(from_pretrained(back).reconstruct(x), model.reconstruct(x))
-    assert "licence is that of the original weights" in (tmp_path / "back/README.md").read_text()
+    card = (tmp_path / "back/README.md").read_text()
+    assert "licence is that of the original weights" in card
+    assert "tags: [autoencoder, diffusers-vae]" in card
+    assert "model.encode(images)" in card
+    assert "model.sample" not in card
 
 
 def test_both_folders_may_be_one(tmp_path, ours):

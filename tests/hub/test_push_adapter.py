@@ -51,6 +51,20 @@ def test_a_zoo_id_is_the_base_by_its_place_on_the_hub(adapter):
     assert 'lf.from_pretrained("lfm-fashion-mnist")' in text
 
 
+@pytest.mark.parametrize(
+    ("base", "tags"),
+    [
+        ("lfm-digits", ["lora", "flow-matching", "lightning"]),
+        ("tarflow-mnist", ["lora", "normalizing-flow", "lightning"]),
+        ("org/base", ["lora", "lightning"]),
+    ],
+)
+def test_the_family_in_the_tags_is_that_of_the_base_where_it_is_known(adapter, base, tags):
+    rename(adapter, base_model_name_or_path=base, revision=None)
+    write_adapter_card(adapter, licence="mit")
+    assert read_header(adapter)["tags"] == tags
+
+
 @pytest.mark.parametrize("base", [None, "", "/data/base", "./base", "~/base", "a/b/base", "runs/last.ckpt", "here"])
 def test_a_base_on_this_machine_is_refused_with_the_fix(adapter, base, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

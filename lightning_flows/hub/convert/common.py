@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_flows.hub.cards import usage
 from lightning_flows.hub.convert.distributed import read_distributed
 from lightning_flows.store import load_tensors
 
@@ -29,6 +30,14 @@ WRAPPED: dict[str, tuple[str, ...]] = {
 }
 ASIDE = {"opt", "optimizer", "scheduler", "args", "epoch", "global_step", "step", "train_steps"}
 PREFIX = "module."
+FOLDER = "path/to/this/folder"
+SAMPLE = f"""```python
+import lightning_flows as lf
+
+model = lf.from_pretrained("{FOLDER}")
+images = model.sample(n=4, seed=0)  # conditional weights: lf.Condition(label=...), or of texts
+                                    # lf.Condition(tokens=model.text.encode(["a cat"]))
+```"""
 
 
 @dataclass(frozen=True)
@@ -134,13 +143,16 @@ def digest(file: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def card(form: Format, file: str | Path, licences: Sequence[str] = ()) -> str:
+def card(
+    form: Format, file: str | Path, licences: Sequence[str] = (), *, config: Mapping[str, Any] | None = None
+) -> str:
     """Model card of a converted folder: where the weights come from, their licence, how to load them.
 
     Args:
         form: of the original file.
         file: the original file.
         licences: names of the licence files that lie beside the converted weights.
+        config: of the model, where it is used otherwise than by ``sample(n=...)``; see `cards.usage`.
     """
     name = Path(file).resolve().name
     original = "the names and checksums of the original files" if Path(file).is_dir() else "the original file"
@@ -148,7 +160,7 @@ def card(form: Format, file: str | Path, licences: Sequence[str] = ()) -> str:
     return f"""---
 license: {form.licence}
 library_name: lightning_flows
-tags: [{form.family}, {form.name}]
+tags: [{", ".join(dict.fromkeys((form.family, form.name)))}]
 ---
 
 # {name}, converted
@@ -159,13 +171,7 @@ original ones; names and conventions are those of lightning_flows (time from noi
 - SHA-256 of {original}: `{digest(file)}`
 - Licence of the weights: {form.licence}. {form.licence_note}{beside}
 
-```python
-import lightning_flows as lf
-
-model = lf.from_pretrained("path/to/this/folder")
-images = model.sample(n=4, seed=0)  # conditional weights: lf.Condition(label=...), or of texts
-                                    # lf.Condition(tokens=model.text.encode(["a cat"]))
-```
+{SAMPLE if config is None else usage(config, FOLDER)}
 """
 
 

@@ -1,11 +1,11 @@
 """`diffusers-unet`: a U-Net of Stable Diffusion 1.x or 2.x in the files of diffusers, as a start for training.
 
 The folder is a `modules.LatentFlowMatching` in the latents of Stable Diffusion. Its weights predict the noise (or v) of
-a diffusion in 1000 steps, not yet a velocity: it is there to be trained, not to be sampled from. A recipe starts with
+a diffusion in 1000 steps, not yet a velocity: it is there to be trained, not to be sampled from. A run starts with
 
-    init_from: {ref: FOLDER, resize: true}
+    lightning-flows fit -c RECIPE --init_from FOLDER --resize true
 
-and whatever channels it has: those of the same latent are copied as they are, twice as many (image and mask of
+and whatever channels the recipe has: those of the same latent are copied as they are, twice as many (image and mask of
 SymmFlow) are copies, others begin at zero (`networks.widening`).
 
 References:
@@ -25,10 +25,10 @@ from lightning_flows.modules import LatentFlowMatching
 LICENCES = {768: "creativeml-openrail-m", 1024: "openrail++"}  # width of the text: version 1.x, version 2.x
 SCALE = 0.18215
 START = """These weights predict the noise (or v) of a diffusion in 1000 steps, not a velocity: they are a start for
-training, not to be sampled from. In a recipe:
+training, not to be sampled from:
 
-```yaml
-init_from: {ref: path/to/this/folder, resize: true}
+```bash
+lightning-flows fit -c RECIPE --init_from path/to/this/folder --resize true
 ```
 """
 

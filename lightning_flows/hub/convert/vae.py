@@ -28,8 +28,8 @@ def from_diffusers(file: str | Path, out: str | Path) -> Path:
         ValueError: no such folder, or an architecture that `codecs.KLNetwork` does not have.
     """
     folder = _folder_of(Path(file))
-    network = KLNetwork.from_diffusers(folder)
-    return KLAutoencoder(network=network).save_pretrained(out, {"README.md": card(FORMAT, folder / WEIGHTS)})
+    model = KLAutoencoder(network=KLNetwork.from_diffusers(folder))
+    return model.save_pretrained(out, {"README.md": card(FORMAT, folder / WEIGHTS, config=model.config)})
 
 
 def to_diffusers(file: str | Path, out: str | Path, *, scaling_factor: float | None = None) -> Path:
@@ -72,6 +72,7 @@ FORMAT = Format(
     licence="other",
     licence_note="The licence is that of the original weights: see where you got them.",
     convert=from_diffusers,
+    family="autoencoder",
 )
 BACK = Format(
     name="to-diffusers-vae",
