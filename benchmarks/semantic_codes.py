@@ -38,6 +38,7 @@ def recipe(code: str, steps: int) -> Any:
     """The recipe of the zoo entry with another code, shorter."""
     config = OmegaConf.load(RECIPE)
     model = config.model.init_args
+    model.network.init_args.codes = PLANES[code]
     model.network.init_args.network.init_args.in_channels = 3 + PLANES[code]
     parts = [{"class_path": f"lightning_flows.codecs.{name}", "init_args": given} for name, given in CODES[code]]
     model.semantic.init_args.parts = parts

@@ -100,6 +100,21 @@ class CodeTable(SemanticCodec):
         """Class ids, int64, (B, ...), of a reading (B, S, ...) and its logits (B, K, ...)."""
         return logits.argmax(1)
 
+    def entropy(self, log_scores: Tensor, fields: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        """Cross entropy of log-scores (B, K, ...) of a reading of the planes ``y``, (B,): mean over labelled pixels.
+
+        The target is the share of each class in each pixel of the planes; unlabelled pixels belong to none.
+        """
+        count = self.num_classes[self.key]
+        ids = field_of(fields, self.key, count).to(y.device)
+        rows = torch.eye(count, device=y.device)
+        if self.key == "label":
+            share = planes_of(ids, rows, (1, 1))  # (B, K, 1, 1)
+        else:
+            share = planes_of(ids, by_id(rows, rows.new_zeros(count)), tuple(y.shape[2:]))  # (B, K, h, w)
+        entropy = -(share * log_scores.reshape(share.shape)).sum((1, 2, 3))
+        return entropy / share.sum((1, 2, 3)).clamp(min=torch.finfo(share.dtype).tiny)
+
     def _spread(self, like: Tensor, noise: Noise) -> Tensor:
         """Uniform numbers in [-1/2, 1/2) of the shape of ``like``."""
         drawn = noise.draw(

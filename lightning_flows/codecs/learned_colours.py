@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_flows.codecs.code_table import CodeTable, Per, by_id, sharp
-from lightning_flows.codecs.semantic import field_of, planes_of
+from lightning_flows.codecs.code_table import CodeTable, Per, sharp
 from lightning_flows.flow.noise import generator_of
 from lightning_flows.networks.layers import without_autocast
 
@@ -94,19 +93,7 @@ class LearnedColours(CodeTable):
         """
         self.check_planes(y)
         with without_autocast(y.device):
-            share = self._shares(fields, y)  # (B, K, h, w), or (B, K, 1, 1) of labels
-            logits = self.logits(self.reading(y)).reshape(share.shape)
-            entropy = -(share * logits.log_softmax(1)).sum((1, 2, 3))  # (B,)
-            return self.weight * entropy / share.sum((1, 2, 3)).clamp(min=torch.finfo(share.dtype).tiny)
-
-    def _shares(self, fields: Mapping[str, Tensor], y: Tensor) -> Tensor:
-        """Share of each class in each pixel of the planes; unlabelled pixels belong to none."""
-        count = self.num_classes[self.key]
-        ids = field_of(fields, self.key, count).to(y.device)
-        rows = torch.eye(count, device=y.device)
-        if self.key == "label":
-            return planes_of(ids, rows, (1, 1))
-        return planes_of(ids, by_id(rows, rows.new_zeros(count)), tuple(y.shape[2:]))
+            return self.weight * self.entropy(self.logits(self.reading(y)).log_softmax(1), fields, y)
 
 
 def spread_points(count: int, dims: int) -> Tensor:

@@ -1,22 +1,27 @@
-r"""A velocity of the straight path from a network whose input and target have unit variance at every time.
+r"""A velocity of the straight path from a network that need not copy its input, and is not shown noise as data.
 
 Let :math:`x_t = t\,x_1 + (1 - t)\,x_0` with noise and data of variance 1, and :math:`s(t) = (t^2 + (1 - t)^2)^{-1/2}`.
-Then :math:`s\,x_t` has variance 1. What :math:`x_t` by itself tells of the velocity is handed past the network,
+What :math:`x_t` by itself tells of the velocity is handed past the network,
 
-.. math:: v = (2 t - 1)\, s^2 x_t + s\, F(s\, x_t, t), \qquad F = s \left((1 - t)\, x_1 - t\, x_0\right),
+.. math:: v = (2 t - 1)\, s^2 x_t + s\, F(\hat x, t), \qquad F = s \left((1 - t)\, x_1 - t\, x_0\right),
 
-so that the target of F has variance 1 and is uncorrelated with its input. At t = 1 it is :math:`-x_0`, at t = 0
-:math:`x_1`: at neither end does the network have to copy what it was given. A plain network has to carry all of its
-input through its layers to the output, which costs a joint state of many channels most of a narrow network.
+so that the target of F has variance 1 and is uncorrelated with :math:`x_t`. At t = 1 it is :math:`-x_0`, at t = 0
+:math:`x_1`: at neither end does the network have to carry its input through its layers to the output.
+
+F sees each channel as the best linear estimate of its clean end, :math:`\hat x = t\, s^2 x_t` of data and
+:math:`(1 - t)\, s^2 x_t` of channels that are clean at t = 0, such as the codes of SymmFlow. So a channel that holds
+nothing but noise is silent. Where ten planes of a label are noise and one holds the image, a narrow network else takes
+long to find the image.
 
 References:
-    Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), where F is called v.
     Elucidating the Design Space of Diffusion-Based Generative Models (Karras, Aittala, Aila, Laine, 2022).
+    Progressive Distillation for Fast Sampling of Diffusion Models (Salimans and Ho, 2022), where F is called v.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition
 from lightning_flows.flow.paths import expand
@@ -27,18 +32,41 @@ class Preconditioned(Wrapper):
     """The velocity network above, for `flow.Linear` paths and data of about unit variance.
 
     Args:
-        network: F: called with ``(s x, t, condition)``.
+        network: F: called with ``(estimate of x, t, condition)``.
+        codes: number of last channels that are clean at t = 0 and noise at t = 1.
 
     Attributes:
         shape: shape (C, H, W) of ``network``.
         streams: streams of ``network``.
         in_channels: channels of ``network``.
+
+    Raises:
+        ValueError: a negative number of codes.
     """
 
+    def __init__(self, network: nn.Module, *, codes: int = 0) -> None:
+        super().__init__(network)
+        if codes < 0:
+            raise ValueError(f"codes must not be negative, got {codes}")
+        self.codes = codes
+
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """Velocity at ``x`` (B, C, H, W) and ``t`` () or (B,); shape of ``x``, at least float32."""
+        """Velocity at ``x`` (B, C, H, W) and ``t`` () or (B,); shape of ``x``, at least float32.
+
+        Raises:
+            ValueError: fewer channels than codes.
+        """
+        if x.shape[1] < self.codes:
+            raise ValueError(f"x must have more channels than the {self.codes} codes, got shape {tuple(x.shape)}")
         time = expand(t, x)
         variance = time.square() + (1 - time).square()  # 1 / s^2
-        s = variance.rsqrt()
-        inside = self.network((s * x).to(x.dtype), t, condition)
-        return (2 * time - 1) / variance * x + s * inside
+        inside = self.network((self.shares(time, x) / variance * x).to(x.dtype), t, condition)
+        return (2 * time - 1) / variance * x + variance.rsqrt() * inside
+
+    def shares(self, time: Tensor, x: Tensor) -> Tensor:
+        """Factor of the clean end of every channel of ``x`` at ``time``, broadcasting over ``x``."""
+        if not self.codes:
+            return time
+        data = x.shape[1] - self.codes
+        late = (torch.arange(x.shape[1], device=x.device) >= data)[:, None, None]  # (C, 1, 1)
+        return torch.where(late, 1 - time, time)

@@ -124,7 +124,7 @@ def test_an_entry_and_its_figures_by_their_commands(tmp_path, monkeypatch):
 def test_every_code_has_the_planes_that_its_recipe_says():
     for code, parts in semantic_codes.CODES.items():
         config = semantic_codes.recipe(code, 8)
-        assert config.model.init_args.network.init_args.in_channels == 3 + semantic_codes.PLANES[code]
+        assert config.model.init_args.network.init_args.network.init_args.in_channels == 3 + semantic_codes.PLANES[code]
         assert len(parts) == len(config.model.init_args.semantic.init_args.parts) == 2
         assert config.trainer.max_steps == config.model.init_args.lr_scheduler.init_args.total_steps == 8
 

@@ -84,3 +84,32 @@ def test_scores_of_one_hot_planes_are_the_rates_of_the_classes_in_a_mean():
     read = codec.decode(mean)["label"]
     torch.testing.assert_close(read.scores, rates, atol=1e-5, rtol=0)
     assert read.labels.tolist() == [0]
+
+
+def test_the_log_score_of_one_hot_planes_is_least_near_the_rates_of_the_classes():
+    codec, rates = OneHot(3, per="image"), torch.tensor([0.7, 0.2, 0.1])
+    score = torch.tensor([-0.5, -0.5, -0.5], requires_grad=True)  # planes of the estimate, all classes alike
+    optimizer = torch.optim.Adam([score], lr=0.02)
+    for _ in range(400):
+        y = score[None, :, None, None].expand(3, 3, 2, 2)
+        squared = (y - codec.encode({"label": torch.arange(3)}, (2, 2))).square().mean((1, 2, 3))  # (3,)
+        loss = (rates * (squared + codec.extra_loss(y, {"label": torch.arange(3)}))).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close((score.detach() + 1) / 2, rates, atol=0.05, rtol=0)
+
+
+def test_the_log_score_has_a_slope_where_a_class_has_frequency_zero_and_can_be_left_out():
+    y = torch.full((1, 3, 2, 2), -1.0).index_fill(1, torch.tensor([1]), 1.0).requires_grad_()
+    fields = {"mask": torch.tensor([[[0, 0], [0, 255]]])}  # the estimate says class 1; one pixel is unlabelled
+    codec = OneHot(3)
+    (slope,) = torch.autograd.grad(codec.extra_loss(y, fields).sum(), y)
+    assert (slope[0, 0].flatten()[:3] < 0).all()
+    assert (slope[0, 1].flatten()[:3] > 0).all()
+    assert not slope[..., 1, 1].any()
+    twice = OneHot(3, weight=2.0).extra_loss(y, fields)
+    assert torch.equal(twice, 2 * codec.extra_loss(y, fields))
+    assert OneHot(3, weight=0.0).extra_loss(y, fields) is None
+    with pytest.raises(ValueError, match="weight must not be negative, got -1"):
+        OneHot(3, weight=-1.0)

@@ -1,4 +1,4 @@
-"""The preconditioned velocity: unit variance in and out, nothing to copy, the exact velocity for the exact F."""
+"""The preconditioned velocity: nothing to copy, no noise shown as data, the exact velocity for the exact F."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ class Known(Recorded, torch.nn.Module):
         return ((1 - t) * x1 - t * x0) / (t**2 + (1 - t) ** 2).sqrt()
 
 
-def preconditioned(*ends):
+def preconditioned(*ends, **options):
     known = Known()
     known.ends = ends
-    return Preconditioned(known)
+    return Preconditioned(known, **options)
 
 
 @pytest.mark.parametrize("t", TIMES)
@@ -42,15 +42,42 @@ def test_the_exact_f_gives_the_exact_velocity(t):
 
 
 @pytest.mark.parametrize("t", TIMES)
-def test_input_and_target_have_unit_variance_and_are_uncorrelated(t):
+def test_the_target_has_unit_variance_and_is_uncorrelated_with_the_point(t):
     x0, x1 = torch.randn(2, 4000, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     whole = preconditioned(x0, x1)
     network, point = whole.network, Linear().sample(x0, x1, torch.full((4000,), t))
     whole(point.x_t, point.t)
     target = network(network.seen, point.t)
-    assert network.seen.std().item() == pytest.approx(1, abs=0.01)
     assert target.std().item() == pytest.approx(1, abs=0.01)
-    assert (network.seen * target).mean().item() == pytest.approx(0, abs=0.01)
+    assert (point.x_t * target).mean().item() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("t", TIMES)
+def test_each_channel_is_seen_as_the_best_linear_estimate_of_its_clean_end(t):
+    x0, x1 = torch.randn(2, 4000, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = preconditioned(x0, x1, codes=1)
+    point = Linear().sample(x0, x1, torch.full((4000,), t))
+    whole(point.x_t, point.t)
+    for channel, clean in ((0, x1), (1, x0)):
+        seen, x, wanted = whole.network.seen[:, channel], point.x_t[:, channel], clean[:, channel]
+        slope = (x * wanted).mean() / x.square().mean()
+        torch.testing.assert_close(seen, slope * x, atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize(("t", "silent"), [(0.0, 0), (1.0, 1)])
+def test_a_channel_of_noise_is_silent(t, silent):
+    x0, x1 = torch.randn(2, 5, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = preconditioned(x0, x1, codes=1)
+    whole(torch.randn(5, 2, 3, 4), torch.full((5,), t))
+    assert not whole.network.seen[:, silent].any()
+    assert whole.network.seen[:, 1 - silent].all()
+
+
+def test_wrong_numbers_of_codes_are_named():
+    with pytest.raises(ValueError, match="codes must not be negative, got -1"):
+        Preconditioned(Known(), codes=-1)
+    with pytest.raises(ValueError, match="3 codes"):
+        Preconditioned(Known(), codes=3)(torch.randn(1, 2, 3, 4), torch.tensor(0.5))
 
 
 def test_times_of_one_and_of_each_sample_agree():
