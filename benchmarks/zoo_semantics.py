@@ -41,7 +41,7 @@ def fields_of(model: SymmFlow, count: int) -> dict[str, Tensor]:
     return made
 
 
-def inputs_of(model: SymmFlow, count: int = 10) -> dict[str, Tensor]:
+def inputs_of(model: SymmFlow, count: int = 4) -> dict[str, Tensor]:
     """Fixed inputs of `outputs_of`: a joint state, times, and what is asked for."""
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(count, *model.network.shape, generator=generator)

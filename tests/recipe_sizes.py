@@ -35,6 +35,7 @@ NETWORKS = {
     "TARFlow": ({"patch_size": 2, "hidden_size": 16, "num_blocks": 2, "depth": 1, "head_size": 8}, 4),
     "STARFlow": ({"hidden_size": 32, "depth": [1, 1], "head_size": 32}, 4),
 }  # fmt: skip
+WRAPPERS = ("Preconditioned",)
 TEXT = {"text_length": 5, "text_size": 8}  # of a network that reads the tokens of a tiny T5
 ITEMS = 6  # of a stand-in
 MANY = 48  # of a stand-in that is divided by fractions
@@ -81,7 +82,13 @@ def name_of(entry):
     return entry["class_path"].rpartition(".")[2]
 
 
+def bare(entry):
+    """A network without what is wrapped around it."""
+    return bare(entry["init_args"]["network"]) if name_of(entry) in WRAPPERS else entry
+
+
 def _reduce_network(entry, keep_side):
+    entry = bare(entry)
     name = name_of(entry)
     assert name in NETWORKS, f"add the smallest sizes of {name} to NETWORKS in {__name__}"
     sizes, side = NETWORKS[name]
@@ -117,7 +124,7 @@ def _reduce_codec(recipe, autoencoder):
     if codec is None or "repo" not in codec.get("init_args", {}):
         return 1
     levels = 4  # 8 times, as the autoencoders of Stable Diffusion
-    latent = arguments["network"]["init_args"]["in_channels"] - planes_of(arguments)
+    latent = bare(arguments["network"])["init_args"]["in_channels"] - planes_of(arguments)
     repo = str(autoencoder(channels_of(recipe), latent, levels))
     codec["init_args"]["repo"] = repo
     if (masks := arguments.get("semantic", {}).get("init_args", {}).get("codec")) is not None:
@@ -136,7 +143,7 @@ def channels_of(recipe):
     if data.get("layout") == "NHW":
         return 1
     arguments = recipe["model"]["init_args"]
-    own = arguments["network"]["init_args"].get("in_channels", 3) - planes_of(arguments)
+    own = bare(arguments["network"])["init_args"].get("in_channels", 3) - planes_of(arguments)
     return data.get("channels") or (3 if arguments.get("codec") else own)
 
 

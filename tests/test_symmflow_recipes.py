@@ -10,7 +10,7 @@ from lightning_flows.cli import dispatch, trainer
 from lightning_flows.flow import Euler, Linear, SymmetricMatching, Uniform
 from lightning_flows.modules import WarmupCosine
 from lightning_flows.store import build
-from tests.recipe_sizes import name_of
+from tests.recipe_sizes import bare, name_of
 from tests.symmflow_recipe_facts import OURS, SYMMFLOW
 from tests.test_recipes import ROOT, Parsed, known_text_models
 
@@ -132,7 +132,7 @@ def test_recipes_that_begin_with_published_weights_say_how(key):
 
 @pytest.mark.parametrize("key", OURS)
 def test_the_better_recipe_reads_masks_without_an_autoencoder_and_sees_the_time(key, parse):
-    model, network = on_meta(key), parse(key)["model"]["init_args"]["network"]["init_args"]
+    model, network = on_meta(key), bare(parse(key)["model"]["init_args"]["network"])["init_args"]
     assert (network["time_scale"], network["scale_shift"]) == (1000.0, True)
     assert type(model.semantic).__name__ == "OneHot"
     assert model.objective.drop_rate > 0 < model.objective.read_rate
@@ -163,6 +163,9 @@ def test_small_recipes_are_small_and_end_with_a_checkpoint(stem, parse):
 @pytest.mark.parametrize("stem", SMALL)
 def test_small_recipes_leave_the_published_defaults_where_they_say_so(stem):
     content = content_of(f"symmflow/{stem}")
-    assert content["model"]["init_args"]["network"]["init_args"]["time_scale"] == 1000.0
+    outer, model = content["model"]["init_args"]["network"], on_meta(f"symmflow/{stem}")
+    assert name_of(outer) == "Preconditioned"
+    assert outer["init_args"]["codes"] == model.semantic.channels
+    assert bare(outer)["init_args"]["time_scale"] == 1000.0
     assert content["model"]["init_args"]["objective"]["init_args"]["read_rate"] > 0
     assert content["trainer"]["precision"] == "bf16-mixed"
