@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lightning_flows import Condition
+from lightning_flows.codecs import painted
 from lightning_flows.flow import seeds_from
 from lightning_flows.modules import SymmFlow
 from lightning_flows.store import build
 
 STEPS, SEED = 4, 7
-PALE = 0.6  # share of white in the colours of a mask's picture
 
 
 def is_semantic(model: Any) -> bool:
@@ -67,12 +67,6 @@ def items_of(recipe: Path, most: int | None = None) -> tuple[LightningDataModule
     return data, {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
 
 
-def painted(model: SymmFlow, masks: Tensor) -> Tensor:
-    """Masks (B, H, W) in the colours of the model, (B, 3, H, W) in [-1, 1]."""
-    colours = torch.tensor(model.semantic.colours()).float() / 127.5 - 1  # (K, 3)
-    return colours[masks.clamp(max=len(colours) - 1)].permute(0, 3, 1, 2)
-
-
 def picture(model: SymmFlow, items: Mapping[str, Tensor] | None, columns: int = 10, rows: int = 8) -> list[Tensor]:
     """Images of a contact sheet of ``columns``.
 
@@ -89,7 +83,7 @@ def picture(model: SymmFlow, items: Mapping[str, Tensor] | None, columns: int = 
         part = {name: value[start : start + columns] for name, value in items.items()}
         if "image" in part:
             read = model.segment(part["image"], seed=0).labels
-            made += [part["image"], painted(model, read)]
+            made += [part["image"], painted(read, model.semantic.colours())]
         seeds = seeds_from(0, len(part["mask"]), start)
-        made += [painted(model, part["mask"]), model.sample(model.condition_of(part), seeds=seeds)]
+        made += [painted(part["mask"], model.semantic.colours()), model.sample(model.condition_of(part), seeds=seeds)]
     return [image for row in made for image in row]

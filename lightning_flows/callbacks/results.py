@@ -29,6 +29,7 @@ def setting(trainer: L.Trainer, pl_module: L.LightningModule) -> Json:
         "guidance": None if guidance is None else repr(guidance),
         "solver": None if solver is None else repr(solver),
         "steps": getattr(pl_module, "steps", None),
+        **({"read_steps": pl_module.read_steps} if hasattr(pl_module, "read_steps") else {}),
         **_inverse(pl_module),
         "device": device_name(pl_module.device),
         "precision": str(trainer.precision),

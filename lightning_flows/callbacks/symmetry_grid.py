@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_flows.callbacks.sample_grid import SampleGrid
-from lightning_flows.codecs.label_map import painted
+from lightning_flows.codecs import painted
 from lightning_flows.flow import seeds_from
 
 KEYS = ("image", "latent", "mask", "label")  # of the items that are looked at

@@ -11,7 +11,7 @@ from lightning_flows.codecs.frozen_text import FrozenText
 from lightning_flows.codecs.identity import Identity
 from lightning_flows.codecs.joint_semantics import JointSemantics, ThroughAutoencoder
 from lightning_flows.codecs.kl_network import KLNetwork
-from lightning_flows.codecs.label_map import LabelMap
+from lightning_flows.codecs.label_map import LabelMap, painted
 from lightning_flows.codecs.learned_colours import LearnedColours
 from lightning_flows.codecs.palette import RGBPalette
 from lightning_flows.codecs.prompts import PromptTemplate
@@ -43,4 +43,5 @@ __all__ = [
     "TextEncoder",
     "ThroughAutoencoder",
     "WordEncoder",
+    "painted",
 ]
