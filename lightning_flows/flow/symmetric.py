@@ -54,7 +54,8 @@ class SymmetricMatching(ABC):  # noqa: B024  (a parser writes plain dataclasses 
         path: a linear path; its ``sigma_min`` is what is left of the noise (and of the code) at the end.
         times: law of the training times.
         read_rate: rate at which a sample is taken at t = 1, where a code is read in one step: a plain regression of
-            E[code | image]. Uniform times are near that end too seldom to make it sharp; 0 as published.
+            E[code | image]. Uniform times are near that end too seldom to make it sharp; 0 as published. The image's
+            velocity is not regressed there.
         drop_rate: rate at which a part of the code is hidden: noise stands in its place on the whole path, so that the
             network also learns to draw without it (for guidance). Its velocity is then not regressed: at t = 1 a code
             that was hidden cannot be told from one that was not, and reading would tend to nothing.
@@ -115,6 +116,8 @@ class SymmetricMatching(ABC):  # noqa: B024  (a parser writes plain dataclasses 
         error = (velocity - point.velocity).square()
         channels = image.shape[1]
         of_image, of_code = error[:, :channels], error[:, channels:]
+        if self.read_rate:  # the image's velocity at t = 1 is mostly noise that nobody sees there
+            of_image = torch.where(expand(t < 1, of_image), of_image, 0.0)
         if hidden is not None:
             of_code = torch.where(spread(hidden), 0.0, of_code)
         parts = {"loss_image": of_image.flatten(1).mean(1), "loss_semantic": of_code.flatten(1).mean(1)}

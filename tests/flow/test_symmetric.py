@@ -144,6 +144,18 @@ def test_the_two_noises_share_no_numbers():
 # ------------------------------------------------------------------ times
 
 
+def test_images_are_not_regressed_where_codes_are_read():
+    image, code = torch.randn(64, 3, 4, 4), torch.randn(64, 2, 4, 4)
+    losses = SymmetricMatching(read_rate=0.5)(
+        lambda x, t, condition: torch.zeros_like(x), image, code, StepNoise(0)
+    ).losses
+    reading = losses.logs["t"] == 1
+    assert 10 < reading.sum() < 54
+    assert not losses.logs["loss_image"][reading].any()
+    assert losses.logs["loss_image"][~reading].all()
+    assert losses.logs["loss_semantic"].all()
+
+
 def test_the_read_rate_puts_samples_at_exactly_one():
     made = SymmetricMatching(read_rate=0.3, times=Stratified())
     t = made.time(20_000, StepNoise(0))
