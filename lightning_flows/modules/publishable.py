@@ -85,11 +85,18 @@ class Publishable(L.LightningModule, Recorded):
         """Spreads what is trained over the devices of a mesh of one axis; by default ``self.network``.
 
         Raises:
-            ValueError: a module without ``network``.
+            ValueError: a module without ``network``, or one that trains something beside it: nobody would add up the
+                gradients of that.
         """
         network = getattr(self, "network", None)
         if not isinstance(network, nn.Module):
             raise ValueError(f"{type(self).__name__} has no network to shard: use strategy='ddp'")
+        named = self.named_parameters()
+        if others := [name for name, p in named if p.requires_grad and not name.startswith("network.")]:
+            raise ValueError(
+                f"strategy 'fsdp2' spreads the network alone, and {', '.join(others[:3])} are trained as well: use "
+                "strategy='ddp'"
+            )
         shard_blocks(network, mesh)
 
     def on_fit_start(self) -> None:

@@ -244,3 +244,9 @@ def test_k_steps_and_k_more_are_2k_steps(tmp_path, monkeypatch, stop):
     torch.set_rng_state(state)
     assert any("anchors" in name for name in whole[1]["state_dict"])
     resumed.assert_same_end(whole, first, rest)
+
+
+def test_anchors_that_are_trained_are_refused_where_only_the_network_is_spread():
+    made = symmflow(learned())
+    with pytest.raises(ValueError, match=r"fsdp2.*semantic.*anchors.*strategy='ddp'"):
+        made.shard(None)
