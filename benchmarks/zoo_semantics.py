@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_flows.modules import SymmFlow
 from lightning_flows.store import build
 
 STEPS, SEED = 4, 7
+LARGE = 50_000  # numbers of a state
 
 
 def is_semantic(model: Any) -> bool:
@@ -41,8 +43,9 @@ def fields_of(model: SymmFlow, count: int) -> dict[str, Tensor]:
     return made
 
 
-def inputs_of(model: SymmFlow, count: int = 4) -> dict[str, Tensor]:
-    """Fixed inputs of `outputs_of`: a joint state, times, and what is asked for."""
+def inputs_of(model: SymmFlow) -> dict[str, Tensor]:
+    """Fixed inputs of `outputs_of`: joint states (four, or one that is large), times, and what is asked for."""
+    count = 4 if math.prod(model.network.shape) < LARGE else 1
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(count, *model.network.shape, generator=generator)
     return {"x": x, "t": torch.rand(count, generator=generator), **fields_of(model, count)}
@@ -59,9 +62,9 @@ def outputs_of(model: SymmFlow, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def items_of(recipe: Path, most: int | None = None) -> tuple[LightningDataModule, dict[str, Tensor]]:
-    """The data of a recipe, and its first test items, stacked."""
+    """The data of a recipe, and its first test items (validation, without a test split), stacked."""
     data = build(OmegaConf.to_container(OmegaConf.load(recipe), resolve=True)["data"], LightningDataModule)
-    items = data.dataset("test")
+    items = data.dataset("test" if data.has("test") else "val")
     rows = [items[i] for i in range(len(items) if most is None else min(most, len(items)))]
     names = [name for name in ("image", "mask", "label") if name in rows[0]]
     return data, {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
