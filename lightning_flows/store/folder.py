@@ -133,8 +133,12 @@ def _write(file: Path, content: str | bytes | Path) -> None:
 def _move(temporary: Path, target: Path) -> None:
     """Rename the finished folder, or its files one by one where the target exists and may hold others."""
     if not target.exists():
-        os.rename(temporary, target)
-        return
+        try:
+            os.rename(temporary, target)
+            return
+        except OSError:
+            if not target.is_dir():  # else another process, with the same files, came first
+                raise
     for file in sorted(temporary.iterdir()):
         os.replace(file, target / file.name)
 

@@ -154,10 +154,14 @@ def test_a_link_named_last_is_replaced_and_what_it_pointed_to_is_kept(tmp_path):
 
 def test_outside_the_main_thread_it_says_that_it_cannot_listen(tmp_path):
     fit = trainer(tmp_path, Preemption(), max_steps=1)
-    thread = threading.Thread(target=fit.fit, args=(Toy(), data()))
-    with pytest.warns(UserWarning, match="main thread"):  # before the thread starts: it may warn at once
+
+    def in_a_thread():
+        thread = threading.Thread(target=fit.fit, args=(Toy(), data()))
         thread.start()
         thread.join()
+
+    with pytest.warns(UserWarning, match="main thread"):
+        in_a_thread()
     assert fit.global_step == 1
 
 

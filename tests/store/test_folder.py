@@ -1,6 +1,7 @@
 """A model folder is written whole or not at all, and read as raw JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,15 @@ def test_other_files_of_an_existing_folder_stay(tmp_path):
     save_folder(tmp_path, CONFIG, tensors())
     assert names(tmp_path) == ["config.json", "model.safetensors", "notes.txt"]
     assert read_config(tmp_path) == CONFIG
+
+
+def test_two_processes_that_write_one_folder_at_once_both_succeed(tmp_path, monkeypatch):
+    save_folder(tmp_path / "m", {"class_path": "A", "init_args": {}}, {"w": torch.zeros(2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda self: False)  # the other one has not written yet; now it has
+        save_folder(tmp_path / "m", {"class_path": "A", "init_args": {}}, {"w": torch.ones(2)})
+    assert load_tensors(tmp_path / "m" / "model.safetensors")["w"].tolist() == [1, 1]
+    assert names(tmp_path) == ["m"]
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
