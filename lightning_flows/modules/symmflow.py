@@ -101,7 +101,7 @@ class SymmFlow(SemanticTasks, SemanticConditions, LatentSpace):
     def losses(self, batch: Any, noise: StepNoise) -> Losses:
         """See `GenerativeModule.losses`; logs hold ``loss_image`` and ``loss_semantic`` of each sample.
 
-        A semantic codec that is trained adds its own loss, ``loss_extra``, with the weight of the semantic part.
+        What a semantic codec adds, ``loss_extra``, has the weight of the semantic part.
         """
         z, fields = self.latent_of(batch, noise), self.fields_of(batch)
         code = self.semantic.encode(fields, self.shape[1:], noise)  # (B, S, h, w)
@@ -244,9 +244,9 @@ class SymmFlow(SemanticTasks, SemanticConditions, LatentSpace):
         """A pair's flow ends in a pair: it gives no density of the image alone.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: always.
         """
-        raise NotImplementedError(
+        raise ValueError(
             "SymmFlow carries (noise, code) to (image, noise): its likelihood is that of the pair, and the density of "
             "the codes themselves is not modelled. Use LatentFlowMatching for log_prob"
         )

@@ -209,7 +209,7 @@ def test_a_batch_without_a_field_is_named():
 
 
 def test_there_is_no_density_of_images_alone():
-    with pytest.raises(NotImplementedError, match="likelihood is that of the pair"):
+    with pytest.raises(ValueError, match="likelihood is that of the pair"):
         symmflow().log_prob(batch()["image"])
 
 
