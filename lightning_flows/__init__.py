@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_flows.modules import GenerativeModule as GenerativeModule
     from lightning_flows.modules import LatentFlowMatching as LatentFlowMatching
     from lightning_flows.modules import NormalizingFlow as NormalizingFlow
+    from lightning_flows.modules import SymmFlow as SymmFlow
     from lightning_flows.modules import from_pretrained as from_pretrained
     from lightning_flows.networks import add_lora as add_lora
     from lightning_flows.networks import load_adapter as load_adapter
@@ -28,6 +29,7 @@ _HOMES = {
     "GenerativeModule": "modules",
     "LatentFlowMatching": "modules",
     "NormalizingFlow": "modules",
+    "SymmFlow": "modules",
     "add_lora": "networks",
     "from_pretrained": "modules",
     "load_adapter": "networks",
@@ -43,6 +45,7 @@ __all__ = [
     "GenerativeModule",
     "LatentFlowMatching",
     "NormalizingFlow",
+    "SymmFlow",
     "Tokens",
     "__version__",
     "add_lora",

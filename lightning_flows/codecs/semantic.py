@@ -92,7 +92,7 @@ class SemanticCodec(Recorded, nn.Module, ABC):
         return distinct_colours(self.num_classes[key])
 
     def extra_loss(self, y: Tensor, fields: Mapping[str, Tensor]) -> Tensor | None:
-        """Loss of the codec's own parameters, (B,); None where the code is fixed.
+        """What a codec adds to the squared error of the flow, (B,): a loss of its parameters or of its scores, or None.
 
         Args:
             y: estimate of the planes without noise, (B, S, h, w), as the network gives it.

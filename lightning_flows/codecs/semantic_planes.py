@@ -39,7 +39,7 @@ class OneHot(CodeTable):
         temperature: tau of scores that fall with the distance instead, :math:`p(k \mid y) \propto \exp(4 y_k / \tau)`.
 
     Raises:
-        ValueError: see `CodeTable`.
+        ValueError: a negative ``weight``; see `CodeTable`.
     """
 
     def __init__(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from lightning_flows.flow.condition import Condition
 from lightning_flows.store import Recorded
 
 
-class Wrapper(Recorded, nn.Module):
+class Wrapper(Recorded, nn.Module, ABC):
     """A network that is called in another way; its shape, its streams and what they mean stay its own.
 
     Args:
@@ -43,6 +45,6 @@ class Wrapper(Recorded, nn.Module):
         """See the network."""
         return self.network.drop(condition, generator)  # type: ignore[operator]
 
+    @abstractmethod
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """Predict at ``x`` (B, C, H, W) and ``t`` () or (B,); shape of ``x``."""
-        raise NotImplementedError
