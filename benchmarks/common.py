@@ -8,9 +8,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 
 class Timing(NamedTuple):
@@ -53,6 +53,42 @@ def compare(contenders: dict[str, Callable[[], Any]], rounds: int, bare: str) ->
 def _timing(own: list[float], bare: list[float]) -> Timing:
     ratios = [a / max(b, 1e-9) for a, b in zip(own, bare, strict=True)]
     return Timing(statistics.median(own), statistics.median(ratios))
+
+
+STEP_PARTS = ("forward", "backward", "optimizer")
+
+
+class Stepping(Protocol):
+    """A contender that takes training steps.
+
+    Attributes:
+        parts: seconds of each part of a step, by its name in `STEP_PARTS`, one for each step that was timed.
+    """
+
+    parts: dict[str, list[float]]
+
+    def step(self) -> None:
+        """Take a step."""
+
+    def timed(self) -> None:
+        """Take a step and add its seconds to ``parts``."""
+
+
+def measure(made: Mapping[str, Stepping], rounds: int) -> None:
+    """One step of each per round, in an order that rotates, after two steps of each to warm up."""
+    names = list(made)
+    for name in names + names:
+        made[name].step()
+    for contender in made.values():
+        contender.parts = {name: [] for name in STEP_PARTS}
+    for k in range(rounds):
+        for name in names[k % len(names) :] + names[: k % len(names)]:
+            made[name].timed()
+
+
+def ratio(own: list[float], bare: list[float]) -> float:
+    """Median over rounds of the ratios of two times."""
+    return statistics.median(a / b for a, b in zip(own, bare, strict=True))
 
 
 def single_thread() -> None:

@@ -26,7 +26,7 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-from benchmarks.common import finish, parser, show, table
+from benchmarks.common import STEP_PARTS, finish, measure, parser, ratio, show, table
 
 THREADS = 2
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -45,7 +45,6 @@ BARS = {"float32": 1.03, "bf16-mixed": 0.70}
 PAIRS = {"float32": ("ours", "timm"), "bf16-mixed": ("mixed", "ours")}
 SIZE = {"hidden_size": 384, "depth": 12, "num_heads": 6}
 CLASSES, SIDE, CHANNELS, PATCH = 1000, 32, 4, 2
-PARTS = ("forward", "backward", "optimizer")
 
 
 # ---------------------------------------------------------------------- the published network, from its formulas
@@ -119,7 +118,7 @@ class Contender:
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=fused or None)
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
+        self.parts: dict[str, list[float]] = {name: [] for name in STEP_PARTS}
 
     def output(self) -> Tensor:
         x, t, label, _ = self.batch
@@ -137,7 +136,7 @@ class Contender:
         marks.append(time.perf_counter())
         self.optimizer.step()
         marks.append(time.perf_counter())
-        for name, start, end in zip(PARTS, marks, marks[1:], strict=False):
+        for name, start, end in zip(STEP_PARTS, marks, marks[1:], strict=False):
             self.parts[name].append(end - start)
 
     def timed(self) -> None:
@@ -175,22 +174,6 @@ def contenders(size: int, fused: bool, mixed: bool) -> dict[str, Contender]:
     return made
 
 
-def measure(made: dict[str, Contender], rounds: int) -> None:
-    """One step of each per round, in an order that rotates, after two steps of each to warm up."""
-    names = list(made)
-    for name in names + names:
-        made[name].step()
-    for contender in made.values():
-        contender.parts = {name: [] for name in PARTS}
-    for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            made[name].timed()
-
-
-def ratio(own: list[float], bare: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(own, bare, strict=True))
-
-
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16 matrices."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -218,8 +201,8 @@ def main() -> None:
     show(table(("", "of", "second (s)", "first (s)", "ratio", "ratio of CPU time"), rows))
     seconds = {name: {part: statistics.median(taken) for part, taken in c.parts.items()} for name, c in made.items()}
     if given.parts:
-        rows = [(name, *(f"{1e3 * found[part]:.0f}" for part in PARTS)) for name, found in seconds.items()]
-        show(table(("ms", *PARTS), rows))
+        rows = [(name, *(f"{1e3 * found[part]:.0f}" for part in STEP_PARTS)) for name, found in seconds.items()]
+        show(table(("ms", *STEP_PARTS), rows))
     if not native:
         show("bf16-mixed has no bar here: this processor has no instructions for bfloat16")
     asked = [name for name in figures if native or name == "float32"]

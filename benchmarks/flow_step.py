@@ -26,7 +26,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import finish, parser, show, table
+from benchmarks.common import STEP_PARTS, finish, measure, parser, ratio, show, table
 
 THREADS = 2
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -43,7 +43,6 @@ RESULTS = Path(__file__).parent / "results"
 DEMO = {"patch_size": 4, "in_channels": 1, "hidden_size": 128, "num_blocks": 4, "depth": 4, "num_classes": 10}
 BARS = {"ours": 1.05, "mixed": 0.85}
 DEVIATION = 0.1  # of the noise on the images
-PARTS = ("forward", "backward", "optimizer")
 
 
 class Contender:
@@ -58,7 +57,7 @@ class Contender:
         self.steps = 0
         self.wall: list[float] = []
         self.cpu: list[float] = []
-        self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
+        self.parts: dict[str, list[float]] = {name: [] for name in STEP_PARTS}
 
     def loss(self) -> Tensor:
         """Of this step's noisy images."""
@@ -78,7 +77,7 @@ class Contender:
         self.optimizer.step()
         marks.append(time.perf_counter())
         self.steps += 1
-        for name, start, end in zip(PARTS, marks, marks[1:], strict=False):
+        for name, start, end in zip(STEP_PARTS, marks, marks[1:], strict=False):
             self.parts[name].append(end - start)
 
     def timed(self) -> None:
@@ -121,22 +120,6 @@ def contenders(made: TARFlow, batch: int, mixed: bool) -> dict[str, Contender]:
     return found
 
 
-def measure(made: dict[str, Contender], rounds: int) -> None:
-    """One step of each per round, in an order that rotates, after two steps of each to warm up."""
-    names = list(made)
-    for name in names + names:
-        made[name].step()
-    for contender in made.values():
-        contender.parts = {name: [] for name in PARTS}
-    for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            made[name].timed()
-
-
-def ratio(own: list[float], bare: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(own, bare, strict=True))
-
-
 def figures_of(made: dict[str, Contender]) -> dict[str, dict[str, float]]:
     bare = made["published"]
     return {
@@ -152,7 +135,7 @@ def figures_of(made: dict[str, Contender]) -> dict[str, dict[str, float]]:
 
 def report(figures: dict[str, dict[str, float]], parts: bool) -> str:
     """The table; with the milliseconds of each part of a step where asked."""
-    names = PARTS if parts else ()
+    names = STEP_PARTS if parts else ()
     head = ("", "seconds", "of published", "of CPU time", *(f"{part} (ms)" for part in names))
     rows = [
         (name, f"{f['seconds']:.4f}", f"{f['ratio']:.3f}", f"{f['cpu']:.3f}", *(f"{1e3 * f[p]:.1f}" for p in names))
