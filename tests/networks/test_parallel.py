@@ -257,7 +257,7 @@ import atexit, sys
 import torch.distributed as dist
 from lightning_flows.networks.parallel import leave_group_at_exit
 
-atexit.register(lambda: print("in a group:", dist.is_initialized()))  # runs last
+atexit.register(lambda: print("in a group:", dist.is_initialized(), flush=True))  # runs last
 leave_group_at_exit()
 leave_group_at_exit()
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
@@ -271,5 +271,7 @@ if len(sys.argv) > 2:
 def test_a_process_leaves_its_group_before_the_interpreter_ends_unless_it_failed(tmp_path, error, inside):
     command = [sys.executable, "-c", LEAVES, str(tmp_path / "group"), *error]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == (1 if error else 0), result.stderr
+    # One that failed stays in its group, and gloo may abort it while it ends: it fails in any case, and says why.
+    assert bool(result.returncode) == bool(error), result.stderr
+    assert all(word in result.stderr for word in error)
     assert result.stdout.strip() == f"in a group: {inside}"
