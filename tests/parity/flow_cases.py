@@ -6,16 +6,14 @@ with an argument that is not known, and an output that no call names are failure
 """
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.parity.parity_cases import FLOAT32, NO_CASES, VARIABLE
+from tests.parity.parity_cases import FLOAT32, parameters
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,13 @@ class FlowCase:
 
 def pairs_of(family, skip=()):
     """``(case, output)`` of every output of every case of a family, as parameters of a test."""
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize(("case", "output"), [pytest.param(None, None, marks=missing, id=family)])
-    files = [file for file in sorted(Path(folder, family).glob("*.json")) if file.name not in skip]
-    cases = [FlowCase(file) for file in files]
-    values = [pytest.param(c, output, id=f"{c.name}/{output}") for c in cases for output in c.outputs()]
-    return pytest.mark.parametrize(("case", "output"), values or [pytest.param(None, None, id=NO_CASES)])
+
+    def found(folder):
+        files = [file for file in sorted((folder / family).glob("*.json")) if file.name not in skip]
+        cases = [FlowCase(file) for file in files]
+        return [(f"{c.name}/{output}", (c, output)) for c in cases for output in c.outputs()]
+
+    return parameters(family, ("case", "output"), found)
 
 
 def answer(operations, known, case, output):

@@ -135,27 +135,40 @@ def case_of(json_file):
     return _CASES.setdefault(json_file, Case(json_file))
 
 
-def every_output(family):
-    """Parametrizes a test with ``(case, output)`` for every output of every case of a family."""
-    folder = os.environ.get(VARIABLE)
+def parameters(what, names, found):
+    """Parametrizes a test with reference numbers; without their folder it is skipped, without a case it is no test.
+
+    Args:
+        what: id of the skipped test.
+        names: of the test's parameters.
+        found: called with the folder; pairs of an id and the values of ``names``.
+    """
+    folder, empty = os.environ.get(VARIABLE), [None] * len(names)
     if folder is None:
         missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize(("case", "output"), [pytest.param(None, None, marks=missing, id=family)])
-    cases = [case_of(file) for file in sorted(Path(folder, family).glob("*.json"))]
-    pairs = [(case, output) for case in cases for output in case.outputs()]
-    values = [pytest.param(c, output, id=f"{family}/{c.name}/{output}") for c, output in pairs]
-    return pytest.mark.parametrize(("case", "output"), values or [pytest.param(None, None, id=NO_CASES)])
+        return pytest.mark.parametrize(names, [pytest.param(*empty, marks=missing, id=what)])
+    values = [pytest.param(*value, id=name) for name, value in found(Path(folder))]
+    return pytest.mark.parametrize(names, values or [pytest.param(*empty, id=NO_CASES)])
+
+
+def every_output(family):
+    """Parametrizes a test with ``(case, output)`` for every output of every case of a family."""
+
+    def found(folder):
+        cases = [case_of(file) for file in sorted((folder / family).glob("*.json"))]
+        return [(f"{family}/{c.name}/{output}", (c, output)) for c in cases for output in c.outputs()]
+
+    return parameters(family, ("case", "output"), found)
 
 
 def every_case(family):
     """Parametrizes a test with every case of a family that has weights of its own."""
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize("case", [pytest.param(None, marks=missing, id=family)])
-    cases = [case_of(file) for file in sorted(Path(folder, family).glob("*.json"))]
-    values = [pytest.param(c, id=f"{family}/{c.name}") for c in cases if c.owner is c]
-    return pytest.mark.parametrize("case", values or [pytest.param(None, id=NO_CASES)])
+
+    def found(folder):
+        cases = [case_of(file) for file in sorted((folder / family).glob("*.json"))]
+        return [(f"{family}/{c.name}", (c,)) for c in cases if c.owner is c]
+
+    return parameters(family, ("case",), found)
 
 
 def answer(rules, case, output):

@@ -5,16 +5,14 @@ not known, and tensors that no JSON file describes are failures.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.parity.parity_cases import NO_CASES, VARIABLE
+from tests.parity.parity_cases import parameters
 
 FAMILY = "symmflow"
 FILE_KEYS = {"about", "source", "environment", "conventions", "tolerance", "prefixes", "traps"}
@@ -92,36 +90,32 @@ def files_of(folder):
     return sorted(folder.glob("*.json"))
 
 
-def parameters(names, values):
-    """Parametrizes a test with ``values(folder)``: pairs of an id and the values of ``names``."""
-    place = os.environ.get(VARIABLE)
-    empty = [None] * len(names)
-    if place is None:
-        missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize(names, [pytest.param(*empty, marks=missing, id=FAMILY)])
-    found = [pytest.param(*value, id=f"{FAMILY}/{name}") for name, value in values(Path(place, FAMILY))]
-    return pytest.mark.parametrize(names, found or [pytest.param(*empty, id=NO_CASES)])
-
-
 def every_output():
-    return parameters(
+    return _each(
         ("case", "output"),
         lambda folder: [(f"{c.name}/{out}", (c, out)) for c in cases_of(folder) for out in c.outputs()],
     )
 
 
 def every_case():
-    return parameters(("case",), lambda folder: [(case.name, (case,)) for case in cases_of(folder)])
+    return _each(("case",), lambda folder: [(case.name, (case,)) for case in cases_of(folder)])
 
 
 def every_file():
-    return parameters(("file",), lambda folder: [(file.stem, (file,)) for file in files_of(folder)])
+    return _each(("file",), lambda folder: [(file.stem, (file,)) for file in files_of(folder)])
 
 
 def every_table(name):
     """Parametrizes a test with every table of this name."""
-    return parameters(
+    return _each(
         ("table",),
         lambda folder: [(f"{file.stem}/{name}", (content[name],))
                         for file in files_of(folder) if name in (content := json.loads(file.read_text()))],
     )  # fmt: skip
+
+
+def _each(names, values):
+    """`parameters` of this family: ``values`` is called with its folder."""
+    return parameters(
+        FAMILY, names, lambda folder: [(f"{FAMILY}/{name}", value) for name, value in values(folder / FAMILY)]
+    )

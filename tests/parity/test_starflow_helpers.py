@@ -1,27 +1,24 @@
 """STARFlow's helpers: strings, sizes and curves of `starflow/helpers.json`, every entry that is there."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_flows.codecs import PromptTemplate
 from lightning_flows.modules import WarmupCosine
-from tests.parity.parity_cases import NO_CASES, VARIABLE
+from tests.parity.parity_cases import parameters
 
 
 def every_entry(name):
     """Parametrizes a test with ``entry`` for every entry of one list of the helpers."""
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize("entry", [pytest.param(None, marks=missing, id=name)])
-    file = Path(folder, "starflow", "helpers.json")
-    entries = json.loads(file.read_text())[name] if file.is_file() else []
-    values = [pytest.param(entry, id=f"{name}/{i}") for i, entry in enumerate(entries)]
-    return pytest.mark.parametrize("entry", values or [pytest.param(None, id=NO_CASES)])
+
+    def found(folder):
+        file = folder / "starflow/helpers.json"
+        entries = json.loads(file.read_text())[name] if file.is_file() else []
+        return [(f"{name}/{i}", (entry,)) for i, entry in enumerate(entries)]
+
+    return parameters(name, ("entry",), found)
 
 
 @every_entry("prompt_building")

@@ -5,13 +5,12 @@ import os
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from lightning_flows.codecs import ClassPlane, RGBPalette
 from lightning_flows.flow.noise import Noise
-from tests.parity.parity_cases import NO_CASES, VARIABLE
+from tests.parity.parity_cases import VARIABLE, parameters
 
 PALETTES = {"coco": "coco-stuff", "celeba": "celebamask-hq"}
 
@@ -23,17 +22,15 @@ def facts():
 
 def given(what):
     """Parametrizes a test with the cases of one kind, or with what the palettes of the file are called."""
-    name = "palette" if what == "palette" else "case"
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        missing = pytest.mark.skip(reason=f"{VARIABLE} does not name the folder of reference numbers")
-        return pytest.mark.parametrize(name, [pytest.param(None, marks=missing, id=what)])
-    if not Path(folder, "symmflow", "symmflow_parity.json").is_file():
-        return pytest.mark.parametrize(name, [pytest.param(None, id=NO_CASES)])
-    if what == "palette":
-        return pytest.mark.parametrize(name, sorted(PALETTES))
-    values = [pytest.param(case, id=case["case"]) for case in facts()["cases"] if case["kind"] == what]
-    return pytest.mark.parametrize(name, values or [pytest.param(None, id=NO_CASES)])
+
+    def found(folder):
+        if not (folder / "symmflow/symmflow_parity.json").is_file():
+            return []
+        if what == "palette":
+            return [(name, (name,)) for name in sorted(PALETTES)]
+        return [(case["case"], (case,)) for case in facts()["cases"] if case["kind"] == what]
+
+    return parameters(what, ("palette" if what == "palette" else "case",), found)
 
 
 def tensors(case):
