@@ -93,6 +93,8 @@ def _reduce_network(entry, keep_side):
     assert name in NETWORKS, f"add the smallest sizes of {name} to NETWORKS in {__name__}"
     sizes, side = NETWORKS[name]
     entry["init_args"] |= sizes
+    if name.endswith("UNet"):  # else its coarsest map has one place, which no norm can do with
+        side *= entry["init_args"].get("patch_size", 1)
     if "input_size" in entry["init_args"] and not keep_side:
         entry["init_args"]["input_size"] = side
     return side

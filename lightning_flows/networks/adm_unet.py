@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_flows.networks.conditioning import LabelEmbedding
-from lightning_flows.networks.unet import UNet, attend_where, level_widths
+from lightning_flows.networks.unet import UNet
 from lightning_flows.networks.unet_blocks import BlockOptions
+from lightning_flows.networks.unet_levels import attend_where, level_widths
 
 GROUPS = 32
 
@@ -27,6 +28,8 @@ class ADMUNet(UNet):
         input_size: side of a square input, or (height, width); divisible by 2 for each change of level.
         in_channels: channels C of a sample, without those of a map.
         out_channels: channels that are computed, C by default; those beyond C (learned variances) are dropped.
+        patch_size: side of the patches whose pixels are the channels of the finest level.
+        pooled_channels: number of last channels of the output that are the same at every place; read from the middle.
         hidden_size: channels W of the finest level at factor 1; the embedding is 4 W wide.
         channel_mult: channels of each level over W, fine to coarse; times W they are multiples of 32.
         num_blocks: residual blocks of a level (the decoder has one more).
@@ -61,6 +64,8 @@ class ADMUNet(UNet):
         input_size: int | tuple[int, int] = 32,
         in_channels: int = 4,
         out_channels: int | None = None,
+        patch_size: int = 1,
+        pooled_channels: int = 0,
         hidden_size: int = 256,
         channel_mult: Sequence[float] = (1, 2, 2, 2),
         num_blocks: int = 2,
@@ -89,6 +94,8 @@ class ADMUNet(UNet):
             input_size=input_size,
             in_channels=in_channels,
             out_channels=out_channels,
+            patch_size=patch_size,
+            pooled_channels=pooled_channels,
             hidden_size=hidden_size,
             channel_mult=channel_mult,
             num_blocks=num_blocks,

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lightning_flows.flow.condition import Condition, Tokens
 from lightning_flows.networks.conditioning import AbsentLabel, LabelEmbedding
-from lightning_flows.networks.unet import UNet, attend_where, level_widths, sides
+from lightning_flows.networks.unet import UNet
 from lightning_flows.networks.unet_blocks import BlockOptions, QkvOrder
+from lightning_flows.networks.unet_levels import attend_where, level_widths, sides
 
 
 class EDMUNet(UNet):
@@ -30,6 +31,8 @@ class EDMUNet(UNet):
         input_size: side of a square input, or (height, width); divisible by 2 for each change of level.
         in_channels: channels C of a sample, without those of a map.
         out_channels: channels that are computed, C by default; those beyond C are dropped.
+        patch_size: side of the patches whose pixels are the channels of the finest level.
+        pooled_channels: number of last channels of the output that are the same at every place; read from the middle.
         hidden_size: channels W of the finest level at factor 1.
         channel_mult: channels of each level over W, fine to coarse.
         num_blocks: residual blocks of a level (the decoder has one more).
@@ -62,6 +65,8 @@ class EDMUNet(UNet):
         input_size: int | tuple[int, int] = 32,
         in_channels: int = 4,
         out_channels: int | None = None,
+        patch_size: int = 1,
+        pooled_channels: int = 0,
         hidden_size: int = 256,
         channel_mult: Sequence[float] = (1, 2, 3, 4),
         num_blocks: int = 2,
@@ -83,7 +88,7 @@ class EDMUNet(UNet):
         if context_dim is None and context_dropout:
             raise ValueError(f"context_dropout must be 0 without context_dim, got {context_dropout}")
         widths = level_widths(hidden_size, channel_mult)
-        levels = [max(sides(input_size)) // 2**i for i in range(len(widths))]
+        levels = [max(sides(input_size)) // (max(patch_size, 1) * 2**i) for i in range(len(widths))]
         attend = attend_where("attention_sizes", attention_sizes, levels)
         heads = _heads(num_heads, head_channels)
         _warn_of_missing_attention(widths, attend, heads, head_channels)
@@ -92,6 +97,8 @@ class EDMUNet(UNet):
             input_size=input_size,
             in_channels=in_channels,
             out_channels=out_channels,
+            patch_size=patch_size,
+            pooled_channels=pooled_channels,
             hidden_size=hidden_size,
             channel_mult=channel_mult,
             num_blocks=num_blocks,

@@ -128,45 +128,56 @@ def channel_weights(old: int, new: int, side: str) -> Tensor:
     return torch.eye(new, old, dtype=torch.float64)
 
 
-def resize_input_channels(weight: Tensor, *, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_input_channels(
+    weight: Tensor, *, old: tuple[int, int], new: tuple[int, int], pixels: tuple[int, int] = (1, 1)
+) -> Tensor:
     """The kernel of a first convolution for other channels; those of a map that is new start at zero.
 
     Args:
-        weight: shape (D, C + S, k, k): channels of the sample, then those of a map.
+        weight: shape (D, (C + S) n, k, k): channels of the sample, then those of a map, each with the n pixels of a
+            patch (as `torch.nn.PixelUnshuffle` writes them).
         old: (C, S) of the weights.
         new: (C', S') that are wanted.
+        pixels: n of the weights and as it is wanted, which must be the same.
 
     Returns:
-        Shape (D, C' + S', k, k); ``weight`` itself where nothing changes.
+        Shape (D, (C' + S') n, k, k); ``weight`` itself where nothing changes.
 
     Raises:
         ValueError: a weight of another shape than ``old`` says, or fewer channels (see `channel_weights`).
     """
-    _expect(weight, (len(weight), sum(old), *weight.shape[2:]))
+    _expect(weight, (len(weight), sum(old) * pixels[0], *weight.shape[2:]))
+    _same_patches(pixels)
     if old == new:
         return weight
     if new[1] < old[1]:
         raise ValueError(f"{old[1]} channels of a map cannot become {new[1]}: which ones to drop is not known")
     sample = channel_weights(old[0], new[0], "input")
     mixing = torch.block_diag(sample, torch.eye(new[1], old[1], dtype=torch.float64))  # (C' + S', C + S)
-    return torch.einsum("kc,dcij->dkij", mixing, weight.double()).to(_at_least_float32(weight))
+    apart = weight.double().unflatten(1, (-1, pixels[0]))  # (D, C + S, n, k, k)
+    return torch.einsum("kc,dc...->dk...", mixing, apart).flatten(1, 2).to(_at_least_float32(weight))
 
 
-def resize_output_channels(rows: Tensor, *, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def resize_output_channels(
+    rows: Tensor, *, old: tuple[int, int], new: tuple[int, int], pixels: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Weight or bias of a last convolution for other channels; outputs beyond the prediction start at zero.
 
     Args:
-        rows: shape (outputs, D, k, k) or (outputs,); the first C outputs are the prediction.
+        rows: shape (outputs n, D, k, k) or (outputs n,), each output with the n pixels of a patch; the first C outputs
+            are the prediction.
         old: (C, outputs) of the weights.
         new: (C', outputs') that are wanted. Outputs beyond C are kept where C stays, as far as there is room.
+        pixels: n of the weights and as it is wanted, which must be the same.
 
     Returns:
-        Shape (outputs', ...); ``rows`` itself where nothing changes.
+        Shape (outputs' n, ...); ``rows`` itself where nothing changes.
 
     Raises:
         ValueError: rows of another number than ``old`` says, or fewer channels (see `channel_weights`).
     """
-    _expect(rows, (old[1], *rows.shape[1:]))
+    _expect(rows, (old[1] * pixels[0], *rows.shape[1:]))
+    _same_patches(pixels)
     if old == new:
         return rows
     sample = channel_weights(old[0], new[0], "output")
@@ -174,7 +185,8 @@ def resize_output_channels(rows: Tensor, *, old: tuple[int, int], new: tuple[int
     if old[0] == new[0]:
         rest.fill_diagonal_(1)
     mixing = torch.block_diag(sample, rest)  # (outputs', outputs)
-    return torch.einsum("kc,c...->k...", mixing, rows.double()).to(_at_least_float32(rows))
+    apart = rows.double().unflatten(0, (-1, pixels[0]))  # (outputs, n, ...)
+    return torch.einsum("kc,c...->k...", mixing, apart).flatten(0, 1).to(_at_least_float32(rows))
 
 
 # ------------------------------------------------------------------ classes and places
@@ -240,6 +252,11 @@ def resize_position_table(table: Tensor, *, old: tuple[int, int], new: tuple[int
 def _expect(tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise SizeMismatch(f"its shape {tuple(tensor.shape)} is not {shape}, which the config of the weights says")
+
+
+def _same_patches(pixels: tuple[int, int]) -> None:
+    if pixels[0] != pixels[1]:
+        raise ValueError(f"patches of {pixels[0]} pixels cannot become patches of {pixels[1]}")
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

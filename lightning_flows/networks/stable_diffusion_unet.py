@@ -23,8 +23,8 @@ from lightning_flows.networks.conditioning import times_of
 from lightning_flows.networks.layers import TimestepEmbedder, narrowed
 from lightning_flows.networks.resize_rules import Rules
 from lightning_flows.networks.text_blocks import LevelSizes, TextBlock, decoder_levels, encoder_levels
-from lightning_flows.networks.unet import sides
 from lightning_flows.networks.unet_blocks import BlockOptions
+from lightning_flows.networks.unet_levels import sides
 from lightning_flows.networks.widening import channel_rules
 from lightning_flows.store import Recorded
 

@@ -3,6 +3,11 @@
 Every map that the encoder makes (stem, blocks, changes of resolution) is kept; the decoder has one block more per
 level than the encoder and takes one of these maps into each, last in, first out. The middle is two blocks, the
 first with attention. A fresh network returns 0.
+
+Two options are ours. With ``patch_size`` p the finest level holds patches of p x p pixels as channels, which spares the
+dearest level of small pictures. The last ``pooled_channels`` of the output are one number each, the same at every
+place: a Linear reads them from the middle. They are for what an image is as a whole, such as the planes of a label in
+SymmFlow. Read from the last layers, it would have to pass norms that take away the mean of every group of channels.
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ from lightning_flows.networks.conditioning import LabelEmbedding, times_of
 from lightning_flows.networks.layers import TimestepEmbedder, narrowed
 from lightning_flows.networks.resize_rules import Rules
 from lightning_flows.networks.resizing import resize_input_channels, resize_output_channels
-from lightning_flows.networks.unet_blocks import BlockOptions, Direction, Resample, UNetBlock
+from lightning_flows.networks.unet_blocks import BlockOptions, Direction, Pooled, Resample, UNetBlock
+from lightning_flows.networks.unet_levels import check_positive, level_widths, sides
 from lightning_flows.store import Recorded
 
 Change = Literal["block", "conv", "fixed"]
@@ -53,6 +59,8 @@ class UNet(Recorded, nn.Module):
         input_size: int | Sequence[int],
         in_channels: int,
         out_channels: int | None,
+        patch_size: int,
+        pooled_channels: int,
         hidden_size: int,
         channel_mult: Sequence[float],
         num_blocks: int,
@@ -68,11 +76,17 @@ class UNet(Recorded, nn.Module):
         super().__init__()
         widths = level_widths(hidden_size, channel_mult)
         height, width = sides(input_size)
-        scale = 2 ** (len(widths) - 1)
+        check_positive(in_channels=in_channels, num_blocks=num_blocks, patch_size=patch_size)
+        scale = patch_size * 2 ** (len(widths) - 1)
         if height % scale or width % scale:
-            raise ValueError(f"input_size must be divisible by {scale} ({len(widths)} levels), got {(height, width)}")
+            why = f"{len(widths)} levels" + (f" of patches of {patch_size}" if patch_size > 1 else "")
+            raise ValueError(f"input_size must be divisible by {scale} ({why}), got {(height, width)}")
         outputs = in_channels if out_channels is None else out_channels
-        _check(in_channels=in_channels, num_blocks=num_blocks)
+        if not 0 <= pooled_channels < in_channels or (pooled_channels and outputs > in_channels):
+            raise ValueError(
+                f"pooled_channels must be fewer than in_channels={in_channels}, with out_channels=None, "
+                f"got {pooled_channels}"
+            )
         if outputs < in_channels:
             raise ValueError(f"out_channels must be at least in_channels={in_channels}, got {out_channels}")
         if spatial_channels < 0:
@@ -82,14 +96,16 @@ class UNet(Recorded, nn.Module):
                 raise ValueError(f"{name}_dropout must lie in [0, 1), got {rate}")
         self.shape: tuple[int, int, int] = (in_channels, height, width)
         self.in_channels, self.spatial_channels, self.drop_rates = in_channels, spatial_channels, dict(drop_rates)
+        self.patch_size, self.pooled_channels = patch_size, pooled_channels
         self.t_embedder = TimestepEmbedder(options.embedding_size, frequency_size=hidden_size, time_scale=time_scale)
         self.y_embedder, self.context = label, context
-        self.stem = nn.Conv2d(in_channels + spatial_channels, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(self.pixels * (in_channels + spatial_channels), widths[0], 3, padding=1)
         self.encoder, skips = _encoder(widths, num_blocks, attend, change, options)
         self.middle = nn.ModuleList(UNetBlock(widths[-1], widths[-1], options, attention=a) for a in (True, False))
         self.decoder = _decoder(widths, num_blocks, attend, change, options, skips)
         self.out_norm = options.norm(widths[0])
-        self.out_conv = nn.Conv2d(widths[0], outputs, 3, padding=1)
+        self.out_conv = nn.Conv2d(widths[0], self.pixels * (outputs - pooled_channels), 3, padding=1)
+        self.pooled = Pooled(widths[-1], pooled_channels) if pooled_channels else None
         self.start_at_zero()
 
     def start_at_zero(self) -> None:
@@ -108,6 +124,11 @@ class UNet(Recorded, nn.Module):
             for module in modules:
                 if callable(draw := getattr(module, step, None)):
                     draw()
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a patch."""
+        return self.patch_size**2
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -168,7 +189,7 @@ class UNet(Recorded, nn.Module):
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}")
         embedding = F.silu(self.embed_condition(t, condition, len(x)))
         given = (embedding, None if self.context is None else self.context(condition, len(x)))
-        h = self.stem(narrowed(self._with_map(x, condition), self.stem.weight))
+        h = self.stem(F.pixel_unshuffle(narrowed(self._with_map(x, condition), self.stem.weight), self.patch_size))
         skips = [h]
         for level in self.encoder:
             for step in _steps(level):
@@ -176,11 +197,16 @@ class UNet(Recorded, nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = block(h, *given)
+        pooled = None if self.pooled is None else self.pooled(h)  # (B, P)
         for level in self.decoder:
             for block in level.blocks:  # type: ignore[union-attr]
                 h = block(torch.cat([h, skips.pop()], dim=1), *given)
             h = h if level.resample is None else level.resample(h, *given)  # type: ignore[operator]
-        return self.out_conv(F.silu(self.out_norm(h)))[:, : self.in_channels]
+        out = F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(h))), self.patch_size)  # (B, outputs, H, W)
+        if pooled is None:
+            return out[:, : self.in_channels]
+        everywhere = pooled[:, :, None, None].expand(-1, -1, *out.shape[2:])  # (B, P, H, W)
+        return torch.cat([out.to(pooled.dtype), everywhere], dim=1)
 
     def resize_rules(self, source: Mapping[str, Any]) -> Rules:
         """How the weights of a U-Net with other channels and classes become its own; see `networks.resize_rules`.
@@ -188,13 +214,15 @@ class UNet(Recorded, nn.Module):
         Args:
             source: constructor arguments of that U-Net.
         """
-        channels = source["in_channels"]
+        channels, fewer = source["in_channels"], source["pooled_channels"]
+        pixels = (source["patch_size"] ** 2, self.pixels)
         read, reads = (channels, source["spatial_channels"]), (self.in_channels, self.spatial_channels)
-        gave, gives = (channels, source["out_channels"] or channels), (self.in_channels, self.out_conv.out_channels)
+        gave = (channels - fewer, (source["out_channels"] or channels) - fewer)
+        gives = (self.in_channels - self.pooled_channels, self.out_conv.out_channels // self.pixels)
         rules: Rules = {
-            "stem.weight": partial(resize_input_channels, old=read, new=reads),
-            "out_conv.weight": partial(resize_output_channels, old=gave, new=gives),
-            "out_conv.bias": partial(resize_output_channels, old=gave, new=gives),
+            "stem.weight": partial(resize_input_channels, old=read, new=reads, pixels=pixels),
+            "out_conv.weight": partial(resize_output_channels, old=gave, new=gives, pixels=pixels),
+            "out_conv.bias": partial(resize_output_channels, old=gave, new=gives, pixels=pixels),
         }
         if self.y_embedder is not None and source["num_classes"] is not None:
             rules["y_embedder.embedding_table.weight"] = self.y_embedder.resize_rule(source)
@@ -255,48 +283,3 @@ def _changed(channels: int, direction: Direction, change: Change, options: Block
     if change == "block":
         return UNetBlock(channels, channels, options, resample=direction)
     return Resample(channels, direction, conv=change == "conv")
-
-
-def level_widths(hidden_size: int, channel_mult: Sequence[float]) -> list[int]:
-    """Channels of each level, fine to coarse.
-
-    Raises:
-        ValueError: no level, or a width that is no positive integer.
-    """
-    _check(hidden_size=hidden_size)
-    widths = [hidden_size * factor for factor in channel_mult]
-    if not widths or any(width < 1 or width != round(width) for width in widths):
-        raise ValueError(
-            f"channel_mult must name factors that give whole widths with hidden_size={hidden_size}, "
-            f"got {list(channel_mult)}"
-        )
-    return [round(width) for width in widths]
-
-
-def sides(input_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a side or a pair.
-
-    Raises:
-        ValueError: neither, or a side below 1.
-    """
-    both = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(both) != 2 or min(both) < 1:
-        raise ValueError(f"input_size must be one positive number or (height, width), got {input_size!r}")
-    return both[0], both[1]
-
-
-def attend_where(name: str, asked: Sequence[int], levels: Sequence[int]) -> list[bool]:
-    """For each level whether it attends: its number is among those that were asked for.
-
-    Raises:
-        ValueError: a number that no level has: that attention would silently not be there.
-    """
-    if unknown := sorted(set(asked) - set(levels)):
-        raise ValueError(f"{name} must be among {list(levels)} (one for each level), got {unknown}")
-    return [level in asked for level in levels]
-
-
-def _check(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be positive, got {size}")

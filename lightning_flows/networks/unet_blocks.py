@@ -248,6 +248,32 @@ class CrossAttention(nn.Module):
         return self.proj(y.unflatten(2, x.shape[2:]))
 
 
+class Pooled(nn.Module):
+    """Numbers of a sample as a whole: a Linear on the mean of a map over its places.
+
+    Args:
+        channels: channels C of the map.
+        count: numbers P.
+    """
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.linear = nn.Linear(channels, count)
+        self.start_at_zero()
+
+    def start_at_zero(self) -> None:
+        """Zero the output."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The numbers of ``x`` (B, C, H, W), at least float32, (B, P)."""
+        with without_autocast(x.device):
+            mean = F.silu(at_least_float32(x)).mean((2, 3))  # (B, C)
+            return self.linear(self.norm(mean))
+
+
 class Resample(nn.Module):
     """Half or twice the resolution without a residual block.
 

@@ -73,7 +73,56 @@ def test_a_channel_of_noise_is_silent(t, silent):
     assert whole.network.seen[:, 1 - silent].all()
 
 
+def planes(count, places=(3, 4)):
+    """Clean codes that are the same at every place, and their noise."""
+    values = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(1))
+    return values.expand(-1, -1, *places).contiguous(), torch.randn(count, 2, *places)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_constant_planes_have_the_exact_velocity_from_the_exact_mean(t):
+    y, e = planes(5)
+    whole = preconditioned(y, e, codes=2, constant=2)
+    point = Linear().sample(y, e, torch.full((5,), t))
+    found = whole(point.x_t, point.t)
+    mean = e.mean((2, 3), keepdim=True) if t == 0 else e  # at t = 0 nothing is known of the noise at a place
+    torch.testing.assert_close(found, mean - y, atol=5e-3, rtol=5e-3)
+
+
+def test_a_network_sees_the_mean_of_constant_planes_and_places_vote():
+    y, e = planes(5)
+    image = torch.randn(5, 1, 3, 4)
+    whole = preconditioned(torch.randn(5, 3, 3, 4), torch.randn(5, 3, 3, 4), codes=2, constant=2)
+    x, t = torch.cat([image, 0.5 * y + 0.5 * e], dim=1), torch.tensor(0.5)
+    first = whole(x, t)
+    seen = whole.network.seen
+    torch.testing.assert_close(seen[:, :1], image)  # t s^2 is 1 there
+    torch.testing.assert_close(seen[:, 1:], x[:, 1:].mean((2, 3), keepdim=True).expand(-1, -1, 3, 4))
+    x0, x1 = whole.network.ends
+    whole.network.ends = (x0, x1.flip(3))  # other words at each place, the same mean of them
+    second = whole(x, t)
+    torch.testing.assert_close(second[:, 1:], first[:, 1:])
+    assert (second[:, :1] - first[:, :1]).abs().max() > 1e-2
+
+
+def test_one_step_from_an_image_reads_constant_planes_that_are_constant():
+    whole = preconditioned(torch.randn(5, 3, 3, 4), torch.randn(5, 3, 3, 4), codes=2, constant=2)
+    x = torch.randn(5, 3, 3, 4)
+    read = (x - whole(x, torch.ones(5)))[:, 1:]
+    torch.testing.assert_close(read, read[..., :1, :1].expand_as(read), atol=1e-5, rtol=1e-5)
+    assert read.std() > 0.1
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-4, 1e-3, 1e-2])
+def test_planes_that_should_be_constant_and_are_not_give_a_bounded_velocity(t):
+    whole = preconditioned(torch.zeros(5, 2, 3, 4), torch.zeros(5, 2, 3, 4), codes=2, constant=2)
+    x = torch.randn(5, 2, 3, 4)
+    assert whole(x, torch.tensor(t)).abs().max() < 51 * x.abs().max() + 1
+
+
 def test_wrong_numbers_of_codes_are_named():
+    with pytest.raises(ValueError, match="constant must lie between 0 and codes=2, got 3"):
+        Preconditioned(Known(), codes=2, constant=3)
     with pytest.raises(ValueError, match="codes must not be negative, got -1"):
         Preconditioned(Known(), codes=-1)
     with pytest.raises(ValueError, match="3 codes"):

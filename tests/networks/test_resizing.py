@@ -220,6 +220,37 @@ def test_a_map_that_is_new_is_not_read_and_one_that_is_dropped_is_refused(cls):
         moved(target, source)
 
 
+PATCHES = {"input_size": 8, "patch_size": 2, "pooled_channels": 1}
+HERE = {ADMUNet: {"attention_factors": (2,)}, EDMUNet: {"attention_sizes": (2,)}}
+
+
+@U_NETS
+def test_further_channels_of_patches_are_neither_read_nor_written(cls):
+    make = {**PATCHES, **HERE[cls]}
+    source, target = unet(cls, in_channels=3, **make), unet(cls, in_channels=4, **make)
+    moved(source, target)
+    x = images(2, 4, 8, 8)
+    result = target(x, T)
+    close(result[:, :2], source(x[:, :3], T)[:, :2], 1e-6)
+    assert result[:, 2].eq(0).all()
+    close(result[:, 3], source(x[:, :3], T)[:, 2], 1e-6)  # the pooled one
+
+
+@U_NETS
+def test_a_grey_network_of_patches_in_colour_treats_grey_pictures_as_before(cls):
+    make = {"patch_size": 2, **HERE[cls]}
+    source, target = unet(cls, in_channels=1, **make), unet(cls, in_channels=3, **make)
+    moved(source, target)
+    x = images(2, 1, 8, 8)
+    close(target(x.expand(-1, 3, -1, -1), T), source(x, T).expand(-1, 3, -1, -1))
+
+
+def test_other_patches_are_refused():
+    source, target = unet(ADMUNet, in_channels=4), unet(ADMUNet, in_channels=1, patch_size=2)  # of the same shapes
+    with pytest.raises(ValueError, match=r"cannot be resized: patches of 1 pixels cannot become patches of 4 .*reinit"):
+        moved(source, target)
+
+
 # ---------------------------------------------------------------------- classes
 
 TABLE = "y_embedder.embedding_table.weight"

@@ -86,6 +86,8 @@ OPTIONS = [
     (EDMUNet, FULL[EDMUNet]),
     (EDMUNet, {"num_heads": 4, "embedding_mult": 2, "input_size": (4, 8), "out_channels": 8}),
     (EDMUNet, {"channel_mult": (2, 1, 3), "attention_sizes": (2, 8), "num_blocks": 2, "in_channels": 3}),
+    (ADMUNet, {"patch_size": 2, "pooled_channels": 3, "spatial_channels": 2}),
+    (EDMUNet, {"patch_size": 2, "pooled_channels": 3, "attention_sizes": (2,), "out_channels": 4}),
 ]
 EVERY = pytest.mark.parametrize(("cls", "options"), OPTIONS)
 
@@ -481,3 +483,67 @@ def test_weights_in_bfloat16_run(cls):
     found = network.bfloat16()(x.bfloat16(), t, condition)
     assert found.dtype == torch.bfloat16
     assert (found.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+# ---------------------------------------------------------------------- patches and pooled channels
+
+AT = {ADMUNet: {"attention_factors": (2,)}, EDMUNet: {"attention_sizes": (2,)}}
+
+
+def in_patches(x, p):
+    """Pixels of each patch of ``x`` (B, C, H, W) as channels, channel by channel, row by row."""
+    rows = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, H / p, p, W / p, p)
+    return rows.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+@BOTH
+def test_a_network_of_patches_is_the_network_of_their_pixels(cls):
+    whole = randomised(tiny(cls, in_channels=2, patch_size=2, **AT[cls]))
+    inside = tiny(cls, in_channels=8, input_size=4, **AT[cls])
+    inside.load_state_dict(whole.state_dict())
+    x, t = inputs(whole)
+    torch.testing.assert_close(in_patches(whole(x, t), 2), inside.eval()(in_patches(x, 2), t))
+
+
+@BOTH
+def test_pooled_channels_are_the_same_everywhere_and_come_from_the_middle(cls):
+    network = randomised(tiny(cls, in_channels=5, pooled_channels=3))
+    x, t = inputs(network)
+    before = network(x, t)
+    pooled = before[:, 2:]
+    assert torch.equal(pooled, pooled[..., :1, :1].expand_as(pooled))
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-3
+    with torch.no_grad():
+        for part in (network.decoder, network.out_norm, network.out_conv):
+            for parameter in part.parameters():
+                parameter.mul_(1.5)
+    after = network(x, t)
+    assert torch.equal(after[:, 2:], pooled)
+    assert (after[:, :2] - before[:, :2]).abs().max() > 1e-3
+
+
+@BOTH
+def test_pooled_channels_are_float32_under_autocast_and_zero_when_fresh(cls):
+    network = tiny(cls, in_channels=5, pooled_channels=3)
+    randomised(network)
+    x, t = inputs(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x, t).dtype == torch.float32
+    network.reset_parameters()
+    assert not network(x, t).any()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 0}, "patch_size must be positive, got 0"),
+        ({"patch_size": 3}, r"divisible by 6 \(2 levels of patches of 3\), got \(8, 8\)"),
+        ({"pooled_channels": 4}, "pooled_channels must be fewer than in_channels=4"),
+        ({"pooled_channels": -1}, "pooled_channels must be fewer than in_channels=4.*got -1"),
+        ({"pooled_channels": 2, "out_channels": 8}, "with out_channels=None"),
+    ],
+)
+def test_patches_and_pooled_channels_that_do_not_fit_are_named(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(cls, **{**({"attention_sizes": ()} if cls is EDMUNet else {}), **options})
