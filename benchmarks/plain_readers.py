@@ -2,8 +2,8 @@
 
 The same U-Net reads the image (its other input channels are zero, its time stands at 1) and is trained by cross entropy
 on what comes out at the places of the code: of a mask at every pixel, of a label averaged over the pixels. Data,
-batches and optimizer are those of the recipe; the rate rises over 20 steps and falls along half a cosine to the last,
-and the weights are averaged with a decay of 0.999.
+batches, precision, optimizer, warm-up and averaging are those of the recipe, and so is the form of its schedule, over
+as many steps as the time allows.
 
     python -m benchmarks.plain_readers configs/symmflow/fashion_mnist.yaml --field label --seconds 600
     python -m benchmarks.plain_readers configs/symmflow/people.yaml --field mask --seconds 600
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.common import finish, parser, show, single_thread, table
+from lightning_flows.callbacks import EMA
 from lightning_flows.codecs import IGNORE
 from lightning_flows.data import FlowDataModule
 from lightning_flows.metrics import Calibration, LabelAccuracy, MeanIoU, PixelAccuracy
@@ -62,42 +65,62 @@ def built(recipe: Path) -> tuple[SymmFlow, FlowDataModule, Any]:
 def train(reader: Reader, data: FlowDataModule, config: Any, seconds: float) -> tuple[nn.Module, int, float]:
     """The averaged reader after ``seconds`` of CPU time, its steps and the time that they took.
 
-    The schedule needs the number of steps: it is foreseen from the time of steps 6 to 20.
+    The schedule needs the number of steps: it is foreseen from the pace of a copy.
     """
-    settings = config["model"]["init_args"]["optimizer"]["init_args"]
-    optimizer = torch.optim.AdamW(reader.parameters(), **settings)
-    averaged, decay = copy.deepcopy(reader).requires_grad_(False), 0.999
-    bf16 = config["trainer"].get("precision") == "bf16-mixed"
-    schedule, total, step, epoch = None, None, 0, 0
-    start = warm = time.process_time()
-    while total is None or step < total:
+    total = max(40, int(seconds / pace(reader, data, config)))
+    optimizer, settings = optimizer_of(reader, config), config["model"]["init_args"]["lr_scheduler"]["init_args"]
+    schedule = WarmupCosine(optimizer, **{**settings, "total_steps": total})
+    averaged, decay = copy.deepcopy(reader).requires_grad_(False), average_of(config)
+    start = time.process_time()
+    for done, batch in enumerate(islice(batches(data), total)):
+        step(reader, optimizer, batch, config)
+        schedule.step()
+        with torch.no_grad():
+            for mean, now in zip(averaged.parameters(), reader.parameters(), strict=True):
+                mean.lerp_(now, 1 - decay(done))
+    return averaged.eval(), total, time.process_time() - start
+
+
+def step(reader: Reader, optimizer: torch.optim.Optimizer, batch: Any, config: Any) -> None:
+    """One step by cross entropy, at the recipe's precision."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=config["trainer"].get("precision") == "bf16-mixed"):
+        logits = reader(batch["image"])
+    optimizer.zero_grad()
+    F.cross_entropy(logits, batch[reader.field], ignore_index=IGNORE).backward()
+    nn.utils.clip_grad_norm_(reader.parameters(), config["trainer"].get("gradient_clip_val") or float("inf"))
+    optimizer.step()
+
+
+def pace(reader: Reader, data: FlowDataModule, config: Any) -> float:
+    """CPU seconds of a step: the mean of 20 steps of a copy, after 5 to warm up."""
+    trial = copy.deepcopy(reader)
+    optimizer, start = optimizer_of(trial, config), time.process_time()
+    for done, batch in enumerate(islice(batches(data), 25)):
+        if done == 5:
+            start = time.process_time()
+        step(trial, optimizer, batch, config)
+    return (time.process_time() - start) / 20
+
+
+def batches(data: FlowDataModule) -> Iterator[Any]:
+    """Training batches, epoch after epoch."""
+    for epoch in count():
         loader = data.train_dataloader()
         if hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
-        for batch in loader:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                logits = reader(batch["image"])
-            loss = F.cross_entropy(logits, batch[reader.field], ignore_index=IGNORE)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            if step == 5:
-                warm = time.process_time()
-            if step == 20:
-                total = max(40, int(15 * seconds / (time.process_time() - warm)))
-                schedule = WarmupCosine(optimizer, total_steps=total, warmup_steps=20, final=0.01)
-            if schedule is not None and step > 20:
-                schedule.step()
-            rate = min(decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for mean, now in zip(averaged.parameters(), reader.parameters(), strict=True):
-                    mean.lerp_(now, 1 - rate)
-            if step == total:
-                break
-        epoch += 1
-    return averaged.eval(), step, time.process_time() - start
+        yield from loader
+
+
+def optimizer_of(reader: Reader, config: Any) -> torch.optim.Optimizer:
+    """AdamW as in the recipe."""
+    return torch.optim.AdamW(reader.parameters(), **config["model"]["init_args"]["optimizer"]["init_args"])
+
+
+def average_of(config: Any) -> Callable[[int], float]:
+    """Weight of the past at update n, as the recipe's `EMA` has it."""
+    callbacks = config["trainer"]["callbacks"]
+    found = next(entry for entry in callbacks if entry["class_path"].endswith(".EMA"))
+    return EMA(**found.get("init_args", {})).decay_at
 
 
 @torch.no_grad()
@@ -108,16 +131,16 @@ def test(reader: nn.Module, data: FlowDataModule, field: str, classes: int) -> d
         metrics = {"miou": MeanIoU(classes), "pixel_accuracy": PixelAccuracy(classes)}
     else:
         metrics = {"accuracy": LabelAccuracy(classes), "calibration": Calibration()}
-    count = 0
+    items = 0
     for batch in data.test_dataloader():
         scores = reader(batch["image"]).softmax(1)
         read = scores.argmax(1) if field == "mask" else scores
         for metric in metrics.values():
             metric.update(read, batch[field])
-        count += len(read)
+        items += len(read)
     values = {name: metric.compute() for name, metric in metrics.items()}
     found = {name: float(next(iter(v.values())) if isinstance(v, dict) else v) for name, v in values.items()}
-    return {**found, "items": count}
+    return {**found, "items": items}
 
 
 def main() -> None:

@@ -137,7 +137,12 @@ def test_a_plain_reader_learns_what_it_is_shown(field):
     data.prepare_data()
     data.setup("fit")
     optimizer = {"init_args": {"lr": 2e-3}}
-    config = {"model": {"init_args": {"optimizer": optimizer}}, "trainer": {}}
+    schedule = {"init_args": {"total_steps": 9, "warmup_steps": 5, "final": 0.01}}
+    average = {"class_path": "lightning_flows.callbacks.EMA", "init_args": {"decay": 0.99}}
+    config = {
+        "model": {"init_args": {"optimizer": optimizer, "lr_scheduler": schedule}},
+        "trainer": {"gradient_clip_val": 1.0, "callbacks": [average]},
+    }
     reader = plain_readers.Reader(model, field)
     before = plain_readers.test(reader, data, field, model.semantic.num_classes[field])
     averaged, steps, _ = plain_readers.train(reader, data, config, 3.0)
