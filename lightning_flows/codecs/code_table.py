@@ -58,6 +58,11 @@ class CodeTable(SemanticCodec):
         self.num_classes = {self.key: num_classes}
         self.channels, self.temperature, self.width = channels, temperature, width
 
+    @property
+    def constant(self) -> int:
+        """See `SemanticCodec.constant`."""
+        return self.channels if self.key == "label" and self.width == 0 else 0
+
     @abstractmethod
     def table(self) -> Tensor:
         """Rows of the classes, float32, (K, S)."""

@@ -56,6 +56,16 @@ class JointSemantics(SemanticCodec):
             start += part.channels
         return spans
 
+    @property
+    def constant(self) -> int:
+        """See `SemanticCodec.constant`."""
+        count = 0
+        for part in reversed(list(self.parts)):
+            count += part.constant
+            if part.constant < part.channels:
+                break
+        return count
+
     def colours(self, key: str = "mask") -> list[tuple[int, int, int]]:
         """See `SemanticCodec.colours`."""
         return next(part for part in self.parts if key in part.keys).colours(key)

@@ -87,6 +87,11 @@ class SemanticCodec(Recorded, nn.Module, ABC):
         """Which of the planes belong to which field, in the order of the planes."""
         return {self.keys[0]: slice(0, self.channels)}
 
+    @property
+    def constant(self) -> int:
+        """How many of the last planes of a code are the same at every place, as those of labels without noise are."""
+        return 0
+
     def colours(self, key: str = "mask") -> list[tuple[int, int, int]]:
         """A colour (R, G, B), 0..255, for each class of a field: for pictures of masks."""
         return distinct_colours(self.num_classes[key])

@@ -65,8 +65,8 @@ class SymmFlow(SemanticTasks, SemanticConditions, LatentSpace):
         latent_scale: factor on latents, buffer, shape (C, 1, 1).
 
     Raises:
-        ValueError: a network without a channel for the image, a step count below 1, a stochastic solver, or guidance
-            without ``objective.drop_rate``.
+        ValueError: a network without a channel for the image or with other codes than the semantic codec has, a step
+            count below 1, a stochastic solver, or guidance without ``objective.drop_rate``.
     """
 
     def __init__(
@@ -258,6 +258,14 @@ def _image_shape(network: nn.Module, semantic: SemanticCodec) -> tuple[int, int,
         raise ValueError(
             f"network must have shape (C + {semantic.channels}, h, w), the image's channels and those of "
             f"{type(semantic).__name__}, got {shape or 'none'}"
+        )
+    codes, constant = getattr(network, "codes", 0), getattr(network, "constant", 0)  # of a `Preconditioned`
+    if codes not in (0, semantic.channels):
+        raise ValueError(f"network.codes must be {semantic.channels}, the planes of the semantic codec, got {codes}")
+    if constant > semantic.constant:
+        raise ValueError(
+            f"network.constant must be at most {semantic.constant}, got {constant}: no more of the last planes of "
+            f"{type(semantic).__name__} are the same at every place (labels come last, without dequantisation)"
         )
     return shape[0] - semantic.channels, shape[1], shape[2]
 

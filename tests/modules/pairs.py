@@ -6,6 +6,7 @@ from torch import nn
 from lightning_flows.codecs import JointSemantics, OneHot
 from lightning_flows.flow import SymmetricMatching
 from lightning_flows.modules import SymmFlow
+from lightning_flows.networks import Preconditioned
 from lightning_flows.store import Recorded
 from tests.modules.tiny import dit
 
@@ -65,6 +66,12 @@ def symmflow(semantic=None, network=None, *, channels=1, size=4, drop_rate=0.0, 
         network = dit(num_classes=None, label_dropout=0.0, **sizes)
     options = {"objective": SymmetricMatching(drop_rate=drop_rate, read_rate=read_rate), "steps": 3, **options}
     return SymmFlow(network=network, semantic=semantic, **options)
+
+
+def preconditioned(codes=MASKS + LABELS, constant=0, channels=1):
+    """The tiny transformer as a `Preconditioned`."""
+    inside = dit(num_classes=None, label_dropout=0.0, input_size=4, in_channels=channels + codes, depth=1)
+    return Preconditioned(inside, codes=codes, constant=constant)
 
 
 def gentle(model, size=0.3):

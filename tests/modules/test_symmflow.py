@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_flows.codecs import OneHot
+from lightning_flows.codecs import ClassPlane, JointSemantics, OneHot
 from lightning_flows.flow import (
     Autoguidance,
     ClassifierFree,
@@ -14,7 +14,7 @@ from lightning_flows.flow import (
     StepNoise,
     SymmetricMatching,
 )
-from tests.modules.pairs import LABELS, MASKS, ExactPairs, batch, semantics, symmflow
+from tests.modules.pairs import LABELS, MASKS, ExactPairs, batch, preconditioned, semantics, symmflow
 from tests.modules.tiny import Unconditional
 
 # Two images. The first has label 0 in two of three pairs and label 2 in one, the second always label 1.
@@ -194,11 +194,45 @@ def test_wrong_samples_are_named(options, given, message):
         ({"guidance": Autoguidance(Unconditional(), 2.0), "drop_rate": 0.1}, "cannot be Autoguidance"),
         ({"network": Unconditional()}, r"network must have shape \(C \+ 7, h, w\).*JointSemantics, got none"),
         ({"channels": 0}, r"network must have shape \(C \+ 7, h, w\)"),
+        (
+            {"network": preconditioned(codes=6, channels=2)},
+            r"network\.codes must be 7, the planes of .*, got 6",
+        ),
+        ({"network": preconditioned(constant=5)}, r"network\.constant must be at most 4, got 5: .*JointSemantics"),
     ],
 )
 def test_wrong_models_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         symmflow(**options)
+
+
+def test_labels_before_masks_and_dequantised_labels_are_not_constant():
+    first = JointSemantics([OneHot(LABELS, per="image"), OneHot(MASKS)])
+    for semantic in (first, JointSemantics([OneHot(MASKS), ClassPlane(LABELS)]), OneHot(MASKS)):
+        network = preconditioned(codes=semantic.channels, constant=1)
+        with pytest.raises(ValueError, match=r"network\.constant must be at most 0, got 1"):
+            symmflow(semantic, network)
+    assert semantics().constant == LABELS
+
+
+def test_a_model_of_constant_planes_trains_draws_reads_and_goes_without_a_label():
+    made = symmflow(network=preconditioned(constant=LABELS), drop_rate=0.5, read_rate=0.3)
+    data = batch(16)
+    losses = made.train().losses(data, StepNoise(0))
+    losses.loss.mean().backward()
+    grown = [p.grad for p in made.parameters()]
+    assert losses.loss.isfinite().all()
+    assert all(grad is not None and grad.isfinite().all() for grad in grown)
+    given = condition(data)
+    images = made.sample(given, seed=0)
+    other = made.sample(Condition(label=(data["label"] + 1) % LABELS, spatial=given.spatial), seed=0)
+    hidden = made.sample(given.absent("label"), seed=0, guidance=2.0)
+    assert images.isfinite().all()
+    assert hidden.isfinite().all()
+    assert (images - other).abs().max() > 1e-3
+    assert (images - hidden).abs().max() > 1e-3
+    code = made.read(data["image"], seed=0).code[:, -LABELS:]
+    torch.testing.assert_close(code, code[..., :1, :1].expand_as(code), atol=1e-5, rtol=1e-5)
 
 
 def test_a_batch_without_a_field_is_named():
