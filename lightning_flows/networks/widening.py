@@ -99,7 +99,10 @@ def widen(network: nn.Module, in_channels: int, *, halve: bool = False) -> Any:
         ValueError: no multiple, or a network of another kind.
     """
     config = network.config if isinstance(network, Recorded) else {"init_args": {}}
-    old = config["init_args"].get("in_channels")
+    given = config["init_args"]
+    old = given.get("in_channels")
+    if given.get("patch_size", 1) > 1 or given.get("pooled_channels", 0):
+        raise ValueError("network must have neither patches (patch_size > 1) nor pooled_channels")
     if old is None or network.state_dict()["out_conv.weight"].shape[0] != old:
         raise ValueError(f"network must be a U-Net with as many outputs as inputs, got {type(network).__name__}")
     if in_channels < old or in_channels % old:

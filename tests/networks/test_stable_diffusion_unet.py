@@ -10,6 +10,7 @@ from lightning_flows.flow import Condition
 from lightning_flows.flow.condition import Tokens
 from lightning_flows.hub.convert.stable_diffusion import load_unet
 from lightning_flows.networks import (
+    ADMUNet,
     StableDiffusionUNet,
     VelocityNetwork,
     attention_backend,
@@ -314,3 +315,10 @@ def test_inputs_of_another_shape_are_named():
     tokens = Tokens(drawn(2, 3, 7), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"condition.tokens must have shape \(2, L, 24\), got \(2, 3, 7\)"):
         network(drawn(2, 4, 8, 8), torch.tensor(0.5), Condition(tokens=tokens))
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 2}, {"pooled_channels": 1}])
+def test_patches_and_pooled_channels_cannot_be_widened(options):
+    network = ADMUNet(input_size=8, hidden_size=32, channel_mult=[1], attention_factors=[], **options)
+    with pytest.raises(ValueError, match=r"neither patches .* nor pooled_channels"):
+        widen(network, 8)
