@@ -28,7 +28,8 @@ class ADMUNet(UNet):
         input_size: side of a square input, or (height, width); divisible by 2 for each change of level.
         in_channels: channels C of a sample, without those of a map.
         out_channels: channels that are computed, C by default; those beyond C (learned variances) are dropped.
-        patch_size: side of the patches whose pixels are the channels of the finest level.
+        patch_size: side p of the patches whose pixels are the channels of the finest level; where it has fewer channels
+            than p^2 C, samples may stay noisy (a warning).
         pooled_channels: number of last channels of the output that are the same at every place; read from the middle.
         hidden_size: channels W of the finest level at factor 1; the embedding is 4 W wide.
         channel_mult: channels of each level over W, fine to coarse; times W they are multiples of 32.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -258,19 +259,25 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the end of a process
 
+MOMENT = 0.3  # seconds: long for a thread that has nothing else to do
+
 
 def leave_group_at_exit() -> None:
-    """Take this process out of its gloo group before the interpreter ends, unless an error ends it.
+    """Take this process out of its gloo group before the interpreter ends; if an error ends it, wait a moment instead.
 
     A thread of gloo lets go of the tensors of the last exchange after whoever waited for them has gone on. If the
     interpreter has ended by then, the process is aborted ("terminate called without an active exception"), and a run
-    that was done fails. Lightning leaves groups of NCCL alone. Calling it again changes nothing.
+    that was done fails, or one that failed ends with another status. After an error leaving would wait for an exchange
+    that may never end. Lightning leaves groups of NCCL alone. Calling it again changes nothing.
     """
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
 
 
 def _leave_group() -> None:
-    failed = getattr(sys, "last_value", None) is not None  # leaving would wait for an exchange that may never end
-    if not failed and dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() != "gloo":
+        return
+    if getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
+    else:
+        time.sleep(MOMENT)

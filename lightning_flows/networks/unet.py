@@ -5,13 +5,15 @@ level than the encoder and takes one of these maps into each, last in, first out
 first with attention. A fresh network returns 0.
 
 Two options are ours. With ``patch_size`` p the finest level holds patches of p x p pixels as channels, which spares the
-dearest level of small pictures. The last ``pooled_channels`` of the output are one number each, the same at every
-place: a Linear reads them from the middle. They are for what an image is as a whole, such as the planes of a label in
-SymmFlow. Read from the last layers, it would have to pass norms that take away the mean of every group of channels.
+dearest level of small pictures; it needs at least as many channels as a patch gives numbers. The last
+``pooled_channels`` of the output are one number each, the same at every place: a Linear reads them from the middle.
+They are for what an image is as a whole, such as the planes of a label in SymmFlow. Read from the last layers, it would
+have to pass norms that take away the mean of every group of channels.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -106,6 +108,7 @@ class UNet(Recorded, nn.Module):
         self.out_norm = options.norm(widths[0])
         self.out_conv = nn.Conv2d(widths[0], self.pixels * (outputs - pooled_channels), 3, padding=1)
         self.pooled = Pooled(widths[-1], pooled_channels) if pooled_channels else None
+        _warn_of_narrow_patches(patch_size, self.out_conv.out_channels, widths[0])
         self.start_at_zero()
 
     def start_at_zero(self) -> None:
@@ -240,6 +243,17 @@ class UNet(Recorded, nn.Module):
         here = condition.presence("spatial", device=x.device)[:, None, None, None]
         # where, not a product: what an absent map holds must not matter, were it NaN
         return torch.cat([x, torch.where(here, condition.spatial.to(x), 0)], dim=1)
+
+
+def _warn_of_narrow_patches(patch_size: int, numbers: int, width: int) -> None:
+    """A velocity holds the noise of every pixel: the finest level needs a channel for each number of a patch."""
+    if patch_size > 1 and numbers > width:
+        warnings.warn(
+            f"a patch of {patch_size} x {patch_size} pixels gives {numbers} numbers, more than the {width} channels of "
+            "the finest level: samples may stay noisy. Raise hidden_size, or lower patch_size",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _steps(level: Any) -> list[nn.Module]:

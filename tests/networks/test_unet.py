@@ -547,3 +547,17 @@ def test_pooled_channels_are_float32_under_autocast_and_zero_when_fresh(cls):
 def test_patches_and_pooled_channels_that_do_not_fit_are_named(cls, options, message):
     with pytest.raises(ValueError, match=message):
         tiny(cls, **{**({"attention_sizes": ()} if cls is EDMUNet else {}), **options})
+
+
+@pytest.mark.parametrize(("cls", "width"), [(ADMUNet, 32), (EDMUNet, 16)])
+def test_patches_of_more_numbers_than_channels_are_warned_of(cls, width):
+    options = {"patch_size": 2, **AT[cls]}
+    numbers = width + 4
+    said = f"gives {numbers} numbers, more than the {width} channels"
+    with pytest.warns(UserWarning, match=said) as caught:
+        tiny(cls, in_channels=numbers // 4, **options)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny(cls, in_channels=width // 4, **options)
+        tiny(cls, in_channels=numbers // 4, pooled_channels=1, **options)
