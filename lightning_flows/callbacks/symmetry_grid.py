@@ -9,6 +9,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flows.callbacks.sample_grid import SampleGrid
 from lightning_flows.codecs import painted
@@ -23,8 +24,9 @@ class SymmetryGrid(SampleGrid):
     A row shows the image, its mask, the mask that is read from the image, and the image that is drawn from the mask
     (and label). Of a model that knows labels alone, it shows the image and the image that is drawn from its label.
 
-    The items are the first of the validation data (of the training data where there is none), with the same seeds at
-    every look, so that pictures compare.
+    The items are spread evenly over the validation data (the training data where there is none), since neighbours are
+    often alike; of data that cannot be reached by number they are the first. They and their seeds are the same at every
+    look, so that pictures compare.
 
     Args:
         n: number of items.
@@ -48,7 +50,7 @@ class SymmetryGrid(SampleGrid):
 
     def _samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         if self._items is None:
-            self._items = _first(_loader(trainer), self.n)
+            self._items = _first(_spread(_loader(trainer), self.n), self.n)
         items = {name: value.to(pl_module.device) for name, value in self._items.items()}
         fields = pl_module.fields_of(items)
         image, seeds = pl_module.data_of(items), seeds_from(self.seed, len(items[next(iter(fields))]))
@@ -70,9 +72,19 @@ def _abreast(columns: list[Tensor]) -> Tensor:
 
 def _loader(trainer: L.Trainer) -> Any:
     source = trainer.datamodule
-    if source is None:
-        return trainer.val_dataloaders or trainer.train_dataloader
-    return source.val_dataloader() or source.train_dataloader()
+    found = trainer.val_dataloaders if source is None else source.val_dataloader()
+    if found is not None and found != []:  # a stream has no length, so that its truth cannot be asked for
+        return found
+    return trainer.train_dataloader if source is None else source.train_dataloader()
+
+
+def _spread(loader: Any, n: int) -> Any:
+    """One batch of n items at even distances; the loader itself where its items have no numbers or no common size."""
+    data = getattr(loader, "dataset", None)
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(data, IterableDataset):
+        return loader
+    count = min(n, len(data))  # type: ignore[arg-type]
+    return [loader.collate_fn([data[i * len(data) // count] for i in range(count)])]  # type: ignore[index, arg-type]
 
 
 def _first(loader: Any, n: int) -> dict[str, Tensor]:

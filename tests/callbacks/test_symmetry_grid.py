@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_flows.callbacks import EMA, SymmetryGrid
 from lightning_flows.codecs import JointSemantics, OneHot, RGBPalette
@@ -63,13 +63,26 @@ def test_a_row_shows_image_mask_reading_and_drawing(tmp_path):
     assert np.abs(sheet[:, 3] - pixels(drawn)).max() <= 1
 
 
+def test_items_are_spread_over_the_data_and_are_the_first_of_a_stream(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(items(7).dataset)
+
+    truth = pixels(batch(7)["image"])
+    for name, loader, places in (("rows", items(7), [0, 2, 4]), ("stream", DataLoader(Stream(), 4), [0, 1, 2])):
+        grid = SymmetryGrid(n=3, every_n_epochs=None)
+        trainer(tmp_path / name, grid, max_steps=2).fit(symmflow(), items(), loader)
+        (file,) = (tmp_path / name / "samples").iterdir()
+        assert np.array_equal(cells(np.asarray(Image.open(file)), 4)[:, 0], truth[places])
+
+
 def test_without_masks_a_row_shows_image_and_drawing(tmp_path):
     made = symmflow(OneHot(LABELS, per="image"))
     (sheet,) = sheets(tmp_path, made, n=3, every_n_epochs=None).values()
-    first = {name: value[:3] for name, value in batch(6).items()}
+    shown = {name: value[::2] for name, value in batch(6).items()}
     assert sheet.shape[:2] == (3, 2)
-    assert np.array_equal(sheet[:, 0], pixels(first["image"]))
-    assert np.abs(sheet[:, 1] - pixels(made.sample(made.condition_of(first), seeds=seeds_from(0, 3)))).max() <= 1
+    assert np.array_equal(sheet[:, 0], pixels(shown["image"]))
+    assert np.abs(sheet[:, 1] - pixels(made.sample(made.condition_of(shown), seeds=seeds_from(0, 3)))).max() <= 1
 
 
 def test_looks_are_taken_when_sample_grid_takes_them_and_with_the_average(tmp_path):
@@ -77,8 +90,8 @@ def test_looks_are_taken_when_sample_grid_takes_them_and_with_the_average(tmp_pa
     found = sheets(tmp_path, made, callbacks=[EMA(0.9, warmup=False)], n=2, every_n_steps=1, every_n_epochs=None)
     assert list(found) == ["step-000001.png", "step-000002.png"]
     assert np.array_equal(found["step-000001.png"][:, :2], found["step-000002.png"][:, :2])  # the same items
-    first = {name: value[:2] for name, value in batch(6).items()}
-    drawn = made.sample(made.condition_of(first), seeds=seeds_from(0, 2))  # after the fit, the module holds the average
+    shown = {name: value[::3] for name, value in batch(6).items()}
+    drawn = made.sample(made.condition_of(shown), seeds=seeds_from(0, 2))  # after the fit, the module holds the average
     assert np.abs(found["step-000002.png"][:, 3] - pixels(drawn)).max() <= 1
 
 
