@@ -84,6 +84,8 @@ def _spread(loader: Any, n: int) -> Any:
     if not isinstance(loader, DataLoader) or loader.batch_size is None or isinstance(data, IterableDataset):
         return loader
     count = min(n, len(data))  # type: ignore[arg-type]
+    if not count:
+        return loader
     return [loader.collate_fn([data[i * len(data) // count] for i in range(count)])]  # type: ignore[index, arg-type]
 
 

@@ -89,6 +89,7 @@ class SymmFlow(SemanticTasks, SemanticConditions, LatentSpace):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.set_latent_space(network, codec, _image_shape(network, semantic), standardize)
+        _check_planes(network, semantic)
         self.semantic = semantic
         self.objective = objective or SymmetricMatching()
         self.solver, self.steps, self.read_steps = solver or Euler(), steps, read_steps
@@ -259,7 +260,12 @@ def _image_shape(network: nn.Module, semantic: SemanticCodec) -> tuple[int, int,
             f"network must have shape (C + {semantic.channels}, h, w), the image's channels and those of "
             f"{type(semantic).__name__}, got {shape or 'none'}"
         )
-    codes, constant = getattr(network, "codes", 0), getattr(network, "constant", 0)  # of a `Preconditioned`
+    return shape[0] - semantic.channels, shape[1], shape[2]
+
+
+def _check_planes(network: nn.Module, semantic: SemanticCodec) -> None:
+    """What a `networks.Preconditioned` takes for codes, and for constant ones, is what the semantic codec makes."""
+    codes, constant = getattr(network, "codes", 0), getattr(network, "constant", 0)
     if codes not in (0, semantic.channels):
         raise ValueError(f"network.codes must be {semantic.channels}, the planes of the semantic codec, got {codes}")
     if constant > semantic.constant:
@@ -267,7 +273,6 @@ def _image_shape(network: nn.Module, semantic: SemanticCodec) -> tuple[int, int,
             f"network.constant must be at most {semantic.constant}, got {constant}: no more of the last planes of "
             f"{type(semantic).__name__} are the same at every place (labels come last, without dequantisation)"
         )
-    return shape[0] - semantic.channels, shape[1], shape[2]
 
 
 def _check_solver(solver: Solver) -> None:

@@ -79,8 +79,8 @@ class Preconditioned(Wrapper):
         velocity = (2 * time - 1) / variance * seen + variance.rsqrt() * self._voted(inside)
         if not self.constant:
             return velocity
-        odd = time**2 + (1 - time).square() * DEVIATION**2
-        return velocity + (time - (1 - time) * DEVIATION**2) / odd * (x - seen)
+        of_noise = time.square() + (1 - time).square() * DEVIATION**2  # variance of x - seen
+        return velocity + (time - (1 - time) * DEVIATION**2) / of_noise * (x - seen)
 
     def _voted(self, x: Tensor) -> Tensor:
         """``x`` (B, C, H, W) with each of the constant planes at its mean, which is taken in float32."""

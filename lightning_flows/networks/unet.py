@@ -4,11 +4,16 @@ Every map that the encoder makes (stem, blocks, changes of resolution) is kept; 
 level than the encoder and takes one of these maps into each, last in, first out. The middle is two blocks, the
 first with attention. A fresh network returns 0.
 
-Two options are ours. With ``patch_size`` p the finest level holds patches of p x p pixels as channels, which spares the
-dearest level of small pictures; it needs at least as many channels as a patch gives numbers. The last
-``pooled_channels`` of the output are one number each, the same at every place: a Linear reads them from the middle.
-They are for what an image is as a whole, such as the planes of a label in SymmFlow. Read from the last layers, it would
-have to pass norms that take away the mean of every group of channels.
+With ``patch_size`` p the finest level holds patches of p x p pixels as channels, which spares the dearest level of
+small pictures; it needs at least as many channels as a patch gives numbers.
+
+The last ``pooled_channels`` of the output (ours) are one number each, the same at every place: a Linear reads them from
+the middle. They are for what an image is as a whole, such as the planes of a label in SymmFlow. Read from the last
+layers, it would have to pass norms that take away the mean of every group of channels.
+
+References:
+    Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021).
+    Improving Diffusion Model Efficiency Through Patching (Luhman and Luhman, 2022).
 """
 
 from __future__ import annotations

@@ -268,10 +268,13 @@ class Pooled(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The numbers of ``x`` (B, C, H, W), at least float32, (B, P)."""
+        """The numbers of ``x`` (B, C, H, W), at least float32, (B, P); its weights may have 16 bits."""
+        norm, linear = self.norm, self.linear
         with without_autocast(x.device):
-            mean = F.silu(at_least_float32(x)).mean((2, 3))  # (B, C)
-            return self.linear(self.norm(mean))
+            h = F.silu(at_least_float32(x)).mean((2, 3))  # (B, C)
+            scale, shift = at_least_float32(norm.weight), at_least_float32(norm.bias)
+            h = F.layer_norm(h, norm.normalized_shape, scale, shift, norm.eps)
+            return F.linear(h, at_least_float32(linear.weight), at_least_float32(linear.bias))
 
 
 class Resample(nn.Module):

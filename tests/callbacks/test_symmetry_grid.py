@@ -115,6 +115,12 @@ def test_wrong_arguments_are_named(options, message):
         SymmetryGrid(**options)
 
 
+def test_data_without_items_is_named(tmp_path):
+    grid = SymmetryGrid(every_n_epochs=None)
+    with pytest.raises(ValueError, match=r"the batch has no \['mask', 'label'\]"):
+        trainer(tmp_path, grid, max_steps=1).fit(symmflow(), items(), DataLoader([], 4))
+
+
 def test_items_without_images_are_named(tmp_path):
     made = symmflow(OneHot(MASKS))
     run = trainer(tmp_path, SymmetryGrid(every_n_epochs=None), max_steps=1)

@@ -523,6 +523,17 @@ def test_pooled_channels_are_the_same_everywhere_and_come_from_the_middle(cls):
 
 
 @BOTH
+@pytest.mark.parametrize(("dtype", "made"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_pooled_channels_are_computed_with_weights_of_any_dtype(cls, dtype, made):
+    network = randomised(tiny(cls, in_channels=5, pooled_channels=3))
+    x, t = inputs(network)
+    wanted = network(x, t)
+    found = network.to(dtype)(x.to(dtype), t)
+    assert found.dtype == made
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+@BOTH
 def test_pooled_channels_are_float32_under_autocast_and_zero_when_fresh(cls):
     network = tiny(cls, in_channels=5, pooled_channels=3)
     randomised(network)
