@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lightning_flows.callbacks
@@ -265,20 +266,23 @@ def run(args: Sequence[str]) -> FlowsCLI:
         recipe = _settle_recipes(args)
     for known in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=known)
-    return FlowsCLI(
-        recipe,
-        args=args,
-        model_class=Publishable,
-        datamodule_class=Requests if args[0] == "predict" else L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=args[0] != "predict",
-        save_config_callback=SaveRunConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
-        parser_kwargs={"parser_mode": "omegaconf"},
-    )
+    try:
+        return FlowsCLI(
+            recipe,
+            args=args,
+            model_class=Publishable,
+            datamodule_class=Requests if args[0] == "predict" else L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=args[0] != "predict",
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
+            parser_kwargs={"parser_mode": "omegaconf"},
+        )
+    except MisconfigurationException as error:  # of the trainer's own arguments
+        raise ValueError(str(error)) from error
 
 
 def _settle_recipes(args: list[str]) -> Path | None:

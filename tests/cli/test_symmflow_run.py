@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from lightning_flows.data import Shapes
 from lightning_flows.modules import SymmFlow
 from lightning_flows.networks import ADMUNet
 from tests.cli.test_trainer_verbs import refused
+from tests.mask_stand_ins import picked, pixels, save
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"input_size": 8, "hidden_size": 32, "channel_mult": [1, 2], "num_blocks": 1, "attention_factors": []}
 ITEMS = 12
 DISTANCES = [f"{name}[pixels]" for name in ("frechet", "kernel", "prdc", "sliced_wasserstein")]
@@ -98,6 +101,27 @@ def test_a_recipe_that_says_what_is_measured_allows_no_per_item(in_shapes, tmp_p
     ckpt = ["--ckpt_path", "runs/shapes/checkpoints/last.ckpt"]
     message = refused(["test", "-c", "shapes.yaml", "-c", str(own), *ckpt, "--per_item", "2"])
     assert "--per_item: the recipe has an Evaluation of the test" in message
+
+
+def test_the_recipe_of_the_docs_goes_over_the_one_of_shapes(tmp_path, monkeypatch):
+    text = (ROOT / "docs/symmflow.md").read_text()
+    (found,) = re.findall(r"```yaml\n(# mine\.yaml\n.*?)```", text, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(found)
+    for kind, values in (("images", pixels(64, 32, 3)), ("masks", picked(64, 32, range(19)))):
+        for i, value in enumerate(values):
+            save(tmp_path / f"faces/{kind}/{i}.png", value)
+    monkeypatch.chdir(tmp_path)
+    run = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"]
+    cli = dispatch(["fit", "-c", str(ROOT / "configs/symmflow/shapes.yaml"), "-c", "mine.yaml", *run])
+    assert cli.model.semantic.num_classes == {"mask": 19}
+    assert cli.model.network.codes == 19
+    assert Path("runs/mine/checkpoints/last.ckpt").is_file()
+
+
+def test_what_lightning_refuses_is_a_sentence(in_shapes):
+    message = refused(["fit", "-c", "shapes.yaml", "--run_name", "other", "--trainer.val_check_interval", "1.0",
+                       "--trainer.check_val_every_n_epoch", "null"])  # fmt: skip
+    assert message.startswith("lightning-flows fit: `val_check_interval` should be an integer")
 
 
 def picture(folder, name, image):
