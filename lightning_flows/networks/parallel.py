@@ -259,7 +259,7 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------ the end of a process
 
-MOMENT = 0.3  # seconds: long for a thread that has nothing else to do
+MOMENT = 1.0  # seconds: long for a thread that has nothing else to do, on a busy machine, too
 
 
 def leave_group_at_exit() -> None:
