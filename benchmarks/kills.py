@@ -40,7 +40,6 @@ COMMAND = ("fit", "-c", "kills.yaml", "--ckpt_path", "auto")
 PARTS = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
 EVERY = 3  # steps between checkpoints
 LIMIT = 120  # seconds that one start may take
-METHOD = "forkserver"  # "fork" where this process itself has computed nothing in several threads
 
 
 class Moments(Callback):
@@ -138,9 +137,8 @@ def _train(folder: str, command: tuple[str, ...], kill_at: str) -> None:
 
 def start(folder: Path, command: tuple[str, ...] = COMMAND, kill_at: str = "") -> Any:
     """A process that runs the command in ``folder``."""
-    context = multiprocessing.get_context(METHOD)
-    if METHOD == "forkserver":
-        context.set_forkserver_preload(["benchmarks.kills"])
+    context = multiprocessing.get_context("forkserver")  # not fork: this process may have computed in several threads
+    context.set_forkserver_preload(["benchmarks.kills"])
     (folder / "started").unlink(missing_ok=True)
     from benchmarks.kills import _train as target  # by its importable name, also when this is the main module
 

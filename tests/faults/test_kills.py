@@ -12,14 +12,6 @@ from lightning_flows.strategies.checkpoint_io import damage
 STEPS = 18  # two epochs of nine; a checkpoint every three, a validation every four
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fork():
-    """Processes are forked from this one, which has everything imported."""
-    before, kills.METHOD = kills.METHOD, "fork"
-    yield
-    kills.METHOD = before
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = kills.prepare(tmp_path_factory.mktemp("whole"), kills.recipe(STEPS, 0))

@@ -34,7 +34,7 @@ def rank(number, folder, failing, port):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_would_wait_for_ever_ends_with_the_message_of_the_one_that_failed(tmp_path, failing):
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context, port = multiprocessing.get_context("spawn"), free_port()  # autograd may have run here: no fork
     processes = [context.Process(target=rank, args=(number, tmp_path, failing, port)) for number in range(2)]
     for process in processes:
         process.start()
