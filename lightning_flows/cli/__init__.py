@@ -74,8 +74,11 @@ def dispatch(args: Sequence[str]) -> object:
 
 
 def _sentence(error: Exception) -> str:
-    """The reason alone where jsonargparse wraps it between the types that it tried and the values it was given."""
-    text = str(error)
+    """What the error says, and its notes.
+
+    The reason alone where jsonargparse wraps it between the types that it tried and the values it was given.
+    """
+    text = "\n".join([str(error), *getattr(error, "__notes__", [])])
     reasons = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("- ")]
     reasons = [reason for reason in reasons if not reason.startswith("Expected a")]
     return reasons[0] if "Given value" in text and reasons else text

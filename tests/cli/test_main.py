@@ -35,3 +35,14 @@ def test_small_verbs_do_not_wait_for_lightning():
         "assert 'lightning' not in sys.modules and 'diffusers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_was_noted_on_an_error_is_said_as_well(monkeypatch):
+    def fails(args):
+        error = ConnectionResetError(104, "Connection reset by peer")
+        error.add_note("A data worker was ended from outside")
+        raise error
+
+    monkeypatch.setattr("lightning_flows.cli.trainer.run", fails)
+    with pytest.raises(SystemExit, match=r"(?s)lightning-flows fit: .*reset by peer\nA data worker was ended"):
+        main(["fit"])

@@ -2,12 +2,14 @@
 
 import io
 import os
+import re
 import signal
 import tarfile
 import warnings
 
 import pytest
 from PIL import Image
+from torch.utils.data import dataloader
 
 from lightning_flows.data import CaptionFolder, ImageFolder, WebDataset
 from lightning_flows.data.broken import SkipBroken
@@ -157,9 +159,37 @@ class Deadly:
 def test_a_dead_worker_ends_the_run_and_says_what_to_do(tmp_path):
     module = digits(workers=2)
     module.dataset("train").items = Deadly(module.dataset("train").items)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited)") as caught:
+    with pytest.raises(
+        (RuntimeError, ConnectionError, EOFError)
+    ) as caught:  # it may hand over a batch
         trainer(tmp_path, steps=8).fit(Probe(), module)
+    if isinstance(caught.value, RuntimeError):
+        assert re.search(r"DataLoader worker .*(killed|exited)", str(caught.value))
     assert "num_workers (now 2" in caught.value.__notes__[0]
     other = RuntimeError("something else")
     module.on_exception(other)
     assert not hasattr(other, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (EOFError(), True),
+        (ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0."), False),  # of the items
+        (OSError("something else"), False),
+    ],
+)
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_explained(monkeypatch, error, explained):
+    def broken_off(*args, **kwargs):
+        raise error
+
+    module = digits(workers=1)
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", broken_off)
+    with pytest.raises(type(error)) as caught:
+        next(iter(module.train_dataloader()))
+    module.on_exception(caught.value)
+    assert hasattr(caught.value, "__notes__") == explained
+    outside = ConnectionResetError(104, "Connection reset by peer")  # of a logger, say
+    module.on_exception(outside)
+    assert not hasattr(outside, "__notes__")
