@@ -159,9 +159,7 @@ class Deadly:
 def test_a_dead_worker_ends_the_run_and_says_what_to_do(tmp_path):
     module = digits(workers=2)
     module.dataset("train").items = Deadly(module.dataset("train").items)
-    with pytest.raises(
-        (RuntimeError, ConnectionError, EOFError)
-    ) as caught:  # it may hand over a batch
+    with pytest.raises((RuntimeError, ConnectionError, EOFError)) as caught:  # it may hand over a batch
         trainer(tmp_path, steps=8).fit(Probe(), module)
     if isinstance(caught.value, RuntimeError):
         assert re.search(r"DataLoader worker .*(killed|exited)", str(caught.value))
